@@ -1,0 +1,451 @@
+"""Turn a text into token files that train.py reads.
+
+    python data/prepare.py wikitext-2            # downloads it (or wikitext-103)
+    python data/prepare.py wikitext-2 --source FILE_OR_FOLDER_OR_URL
+    python data/prepare.py pydocs                # English that ships with Python, no network
+    python data/prepare.py my_text.txt           # a text file, or a folder or zip of them
+
+It writes data/<name>/{train,val,test}.bin (token ids, the smallest unsigned integers that hold the
+vocabulary), the tokenizer (tokenizer.tiktoken, tokenizer_meta.json) and, last, meta.json: how the
+data were made, and the documents, bytes, words and tokens of each split.
+"""
+
+import argparse
+import ast
+import base64
+import hashlib
+import http.client
+import json
+import os
+import re
+import sys
+import sysconfig
+import time
+import urllib.request
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import rustbpe
+import tiktoken
+from tqdm import tqdm
+
+DATA = Path(__file__).resolve().parent
+WIKITEXT = {  # addresses in the order to try, size in bytes and sha256 if known, lines of a split
+    "wikitext-2": {
+        "urls": [
+            "https://huggingface.co/datasets/ggml-org/ci/resolve/main/wikitext-2-raw-v1.zip",
+            "https://wikitext.smerity.com/wikitext-2-raw-v1.zip",
+        ],
+        "size": 4_721_645,
+        "sha256": "ef7edb566e3e2b2d31b29c1fdb0c89a4cc683597484c3dc2517919c615435a11",
+        "lines": {"train": 36_718, "val": 3_760, "test": 4_358},
+    },
+    "wikitext-103": {
+        "urls": ["https://wikitext.smerity.com/wikitext-103-raw-v1.zip"],
+        "lines": {"train": 1_801_350, "val": 3_760, "test": 4_358},
+    },
+}
+SPLITS = {"train": "train", "val": "valid|val|validation", "test": "test"}
+TIMEOUT = 20  # seconds without an answer before a download is given up
+# GPT-2's way to cut text into words, written without look-ahead, which rustbpe does not know.
+WORD_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+"
+BYTE_PATTERN = r"[\s\S]"
+
+
+class UserError(Exception):
+    """Something that the user can mend, said in one sentence."""
+
+
+# -------------------------------------------------------------------------------------- tokenizer
+
+
+@dataclass
+class Tokenizer:
+    """A tiktoken encoding and the id that stands before each document."""
+
+    encoding: tiktoken.Encoding
+    end_of_text: int
+
+    def encode(self, text: str) -> list[int]:
+        return self.encoding.encode_ordinary(text)
+
+    def decode_bytes(self, ids: list[int]) -> bytes:
+        return self.encoding.decode_bytes(ids)
+
+    def decode(self, ids: list[int]) -> str:
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+
+def make_tokenizer(ranks: dict[bytes, int], pattern: str, end_of_text: int) -> Tokenizer:
+    """`ranks` in the order of merging, which are the ids; `end_of_text` may be one more id."""
+    special = {"<|endoftext|>": end_of_text} if end_of_text == len(ranks) else {}
+    encoding = tiktoken.Encoding(
+        "mega", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
+    )
+    return Tokenizer(encoding, end_of_text)
+
+
+def new_tokenizer(kind: str, vocab_size: int, documents: list[str]) -> Tokenizer:
+    """kind "bpe": trained on `documents`, at most vocab_size ids; "bytes": 256; "gpt2": 50257."""
+    single_bytes = {bytes([i]): i for i in range(256)}
+    if kind == "bytes":
+        return make_tokenizer(single_bytes, BYTE_PATTERN, end_of_text=0)  # no text has a byte 0
+    if kind == "gpt2":
+        try:
+            gpt2 = tiktoken.get_encoding("gpt2")
+        except (OSError, ValueError) as error:  # requests' errors are OSErrors
+            raise UserError(
+                f"GPT-2's vocabulary could not be downloaded ({short(error)}); "
+                "use --tokenizer bpe or bytes, which need no network"
+            ) from None
+        return make_tokenizer(gpt2._mergeable_ranks, gpt2._pat_str, gpt2.eot_token)
+    if not 257 <= vocab_size <= 1 << 20:
+        raise UserError(f"vocab_size must be from 257 to {1 << 20} for bpe, got {vocab_size}")
+    bpe = rustbpe.Tokenizer()
+    bpe.train_from_iterator(iter(documents), vocab_size - 1, pattern=WORD_PATTERN)
+    ranks = {bytes(token): rank for token, rank in bpe.get_mergeable_ranks()}
+    return make_tokenizer(ranks, WORD_PATTERN, end_of_text=len(ranks))
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path):
+    ranks = sorted(tokenizer.encoding._mergeable_ranks.items(), key=lambda item: item[1])
+    lines = [base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks]
+    write_whole(folder / "tokenizer.tiktoken", b"".join(lines))
+    meta = {"pattern": tokenizer.encoding._pat_str, "end_of_text": tokenizer.end_of_text}
+    write_whole(folder / "tokenizer_meta.json", json.dumps(meta, indent=2).encode())
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    try:
+        meta = json.loads((folder / "tokenizer_meta.json").read_bytes())
+        rows = [line.split() for line in (folder / "tokenizer.tiktoken").read_bytes().splitlines()]
+        ranks = {base64.b64decode(token): int(rank) for token, rank in rows}
+        return make_tokenizer(ranks, meta["pattern"], meta["end_of_text"])
+    except FileNotFoundError as error:
+        raise UserError(f"{folder} has no tokenizer: {error.filename} is missing") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"the tokenizer in {folder} is damaged ({short(error)})") from None
+
+
+# ------------------------------------------------------------------------------- files and network
+
+
+def short(error: Exception) -> str:
+    """An exception in few words, on one line."""
+    reason = getattr(error, "reason", None) or error
+    return " ".join(f"{type(error).__name__}: {reason}".split())[:160]
+
+
+def write_whole(path: Path, content):
+    """Write a file under another name, then rename it: it is never seen half-written."""
+    part = path.with_name(path.name + ".part")
+    try:
+        part.write_bytes(content)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def download(url: str, path: Path, size: int | None = None, sha256: str | None = None):
+    """Fetch a URL into a file, checked; UserError, and nothing left, if it can't be had whole."""
+    # One host answers 403 to Python's own User-Agent.
+    request = urllib.request.Request(url, headers={"User-Agent": "mega-prepare/1.0"})
+    part, digest, got = path.with_name(path.name + ".part"), hashlib.sha256(), 0
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with urllib.request.urlopen(request, timeout=TIMEOUT) as answer, open(part, "wb") as file:
+            length = answer.headers.get("Content-Length")
+            expected = int(length) if length else size
+            with tqdm(total=expected, unit="B", unit_scale=True, desc=path.name) as bar:
+                while piece := answer.read(1 << 16):
+                    file.write(piece)
+                    digest.update(piece)
+                    got += len(piece)
+                    bar.update(len(piece))
+        if expected is not None and got != expected:
+            raise UserError(f"{url} broke off after {got:,} of {expected:,} bytes; try again")
+        if sha256 and digest.hexdigest() != sha256:
+            raise UserError(f"{url} is not the expected file: its sha256 differs")
+        os.replace(part, path)
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise UserError(f"{url} could not be downloaded ({short(error)})") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def decode(content: bytes, name: str) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        byte = content[error.start]
+        raise UserError(
+            f"{name} is not UTF-8: byte 0x{byte:02x} at offset {error.start}; convert it first"
+        ) from None
+
+
+def read_files(source: Path) -> dict[str, bytes]:
+    """Name -> content of a file, of a zip's members or of a folder's text files, in order."""
+    if not source.exists():
+        raise UserError(f"{source} does not exist; give a text file, a zip or a folder")
+    if source.is_dir():
+        endings = {".txt", ".md", ".rst", ".raw", ".tokens", ".text"}
+        paths = sorted(p for p in source.rglob("*") if p.suffix in endings and p.is_file())
+        return {p.relative_to(source).as_posix(): p.read_bytes() for p in paths}
+    if source.suffix == ".zip" or zipfile.is_zipfile(source):
+        return unzip(source)
+    return {source.name: source.read_bytes()}
+
+
+def unzip(path: Path) -> dict[str, bytes]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = sorted(m for m in archive.namelist() if not m.endswith("/"))
+            return {member: archive.read(member) for member in members}
+    except (zipfile.BadZipFile, OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path} is not a readable zip file ({short(error)})") from None
+
+
+# ------------------------------------------------------------------------------------- documents
+
+
+def split_files(files: dict[str, bytes]) -> dict[str, str]:
+    """Split -> text, from names such as wiki.train.tokens, train.txt or validation.txt."""
+    texts = {}
+    for split, words in SPLITS.items():
+        pattern = rf"(?:^|.*[._-])(?:{words})(?:[._-].*)?"
+        for name, content in files.items():
+            if re.fullmatch(pattern, name.rsplit("/", 1)[-1].lower()):
+                texts[split] = decode(content, name)
+                break
+    return texts
+
+
+def articles(text: str) -> list[str]:
+    """A WikiText split cut before each title, a line ` = Title = `."""
+    return [part for part in re.split(r"(?m)^(?= = [^=\n]+ = $)", text) if part]
+
+
+def wikitext(name: str, source: str | None) -> dict[str, list[str]]:
+    about = WIKITEXT[name]
+    texts = split_files(fetch(source, DATA / name) if source else fetch_wikitext(name))
+    if not texts:
+        raise UserError(f"{source or name} has no file named like wiki.train.raw or test.txt")
+    for split, text in texts.items():
+        lines, expected = text.count("\n"), about["lines"][split]
+        if lines != expected:
+            message = f"{name}'s {split} split has {lines:,} lines instead of {expected:,}"
+            if not source:
+                raise UserError(f"{message}: the download is not the known file")
+            print(f"note: {message}", file=sys.stderr)
+    return {split: articles(text) for split, text in texts.items()}
+
+
+def fetch_wikitext(name: str) -> dict[str, bytes]:
+    """The files of the zip, from an earlier download or the first address that has it."""
+    about, errors = WIKITEXT[name], []
+    path = DATA / name / "raw.zip"
+    if not path.exists():
+        for url in about["urls"]:
+            try:
+                download(url, path, about.get("size"), about.get("sha256"))
+                break
+            except UserError as error:
+                errors.append(str(error))
+        else:
+            raise UserError("; ".join(errors))
+    return unzip(path)
+
+
+def fetch(source: str, folder: Path) -> dict[str, bytes]:
+    """The files of a path, or of the zip at a URL, which passes through `folder`."""
+    if not re.match(r"https?://", source):
+        return read_files(Path(source))
+    path = folder / "source.zip"
+    download(source, path)
+    try:
+        return unzip(path)
+    finally:
+        path.unlink()
+
+
+def pydocs() -> dict[str, list[str]]:
+    """The language reference and the standard library's docstrings, one document a module."""
+    from pydoc_data import topics
+
+    documents = [f"{name}\n\n{text}" for name, text in sorted(topics.topics.items())]
+    library = Path(sysconfig.get_paths()["stdlib"])
+    skipped = {"site-packages", "dist-packages", "test", "tests", "__pycache__"}
+    for path in sorted(library.rglob("*.py"), key=lambda p: p.relative_to(library).as_posix()):
+        relative = path.relative_to(library)
+        if skipped.isdisjoint(relative.parts):
+            text = docstrings(path.read_bytes())
+            if text:
+                documents.append(f"{relative.as_posix()}\n\n{text}")
+    return split_documents(documents)
+
+
+def docstrings(source: bytes) -> str:
+    """All docstrings of a Python file in its order, without running it."""
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    try:
+        nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, kinds)]
+    except (SyntaxError, ValueError):  # some files of the library are wrong on purpose
+        return ""
+    nodes.sort(key=lambda node: getattr(node, "lineno", 0))
+    found = []
+    for node in nodes:
+        text = ast.get_docstring(node)
+        if text:
+            name = getattr(node, "name", "")
+            found.append(f"{name}\n{text}" if name else text)
+    return "\n\n".join(found)
+
+
+def split_documents(documents: list[str]) -> dict[str, list[str]]:
+    """Every 20th document for validation, another for the test; few ones are cut by length."""
+    documents = [document for document in documents if document.strip()]
+    if len(documents) >= 40:
+        splits = {"train": [], "val": documents[7::20], "test": documents[17::20]}
+        splits["train"] = [d for i, d in enumerate(documents) if i % 20 not in (7, 17)]
+        return splits
+    text = "\n".join(documents)
+    first, second = (border(text, len(text) * part // 100) for part in (90, 95))
+    parts = {"train": text[:first], "val": text[first:second], "test": text[second:]}
+    return {split: [part] if part else [] for split, part in parts.items()}
+
+
+def border(text: str, near: int) -> int:
+    """The start of the next line, or `near` itself where none comes."""
+    return text.find("\n", near) + 1 or near
+
+
+def own_text(source: str, folder: Path) -> dict[str, list[str]]:
+    files = fetch(source, folder)
+    texts = split_files(files)
+    if "train" in texts:
+        return {split: [text] for split, text in texts.items()}
+    return split_documents([decode(content, name) for name, content in files.items()])
+
+
+# --------------------------------------------------------------------------------------- prepare
+
+
+def prepare(
+    dataset: str,
+    source: str | None = None,
+    train_split: str = "train",
+    val_split: str = "val",
+    tokenizer: str = "bpe",
+    vocab_size: int = 4096,
+) -> Path:
+    """Make data/<name>/ unless it is there already, made in the same way; return the folder."""
+    known = dataset in WIKITEXT or dataset == "pydocs"
+    name = dataset if known else re.sub(r"\W+", "_", Path(dataset).stem) or "text"
+    folder = DATA / name
+    made_by = {
+        "dataset": dataset,
+        "source": source,
+        "files": fingerprint(source or ("" if known else dataset)),
+        "train_split": train_split,
+        "val_split": val_split,
+        "tokenizer": tokenizer,
+        "vocab_size": vocab_size if tokenizer == "bpe" else None,
+    }
+    if read_meta(folder).get("made_by") == made_by:
+        return folder
+    if dataset in WIKITEXT:
+        found = wikitext(dataset, source)
+    else:
+        found = pydocs() if dataset == "pydocs" else own_text(source or dataset, folder)
+    splits = {}
+    for split, wanted in (("train", train_split), ("val", val_split), ("test", "test")):
+        if wanted in found:
+            splits[split] = found[wanted]
+        elif split != "test":
+            raise UserError(
+                f"{source or dataset} has no {wanted!r} split, only {', '.join(found) or 'none'}; "
+                f"choose one with --{split}_split"
+            )
+    for split, documents in splits.items():
+        if not any(document.strip() for document in documents):
+            raise UserError(f"the {split} split of {source or dataset} is empty")
+
+    codec = new_tokenizer(tokenizer, vocab_size, splits["train"])
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "meta.json").unlink(missing_ok=True)  # until all the rest is there
+    save_tokenizer(codec, folder)
+    size = codec.encoding.n_vocab
+    dtype = "uint8" if size <= 1 << 8 else "uint16" if size <= 1 << 16 else "uint32"
+    meta = {"made_by": made_by, "tokens_in_vocabulary": size, "dtype": dtype, "splits": {}}
+    for split, documents in splits.items():
+        tokens = np.concatenate(
+            [np.array([codec.end_of_text, *codec.encode(text)], dtype) for text in documents]
+        )
+        write_whole(folder / f"{split}.bin", tokens.tobytes())
+        meta["splits"][split] = {
+            "documents": len(documents),
+            "bytes": sum(len(document.encode()) for document in documents),
+            # As the WikiText paper counts: the end of a line is a word.
+            "words": sum(len(document.split()) + document.count("\n") for document in documents),
+            "tokens": len(tokens),
+        }
+    write_whole(folder / "meta.json", json.dumps(meta, indent=2).encode())
+    return folder
+
+
+def fingerprint(source: str) -> list:
+    """Names, sizes and times of local files, so that a changed text is noticed."""
+    path = Path(source or ".missing")
+    paths = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    stats = [(str(p.resolve()), p.stat()) for p in paths if p.exists()]
+    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+
+
+def read_meta(folder: Path) -> dict:
+    """The content of meta.json; empty if the folder is not complete."""
+    try:
+        return json.loads((folder / "meta.json").read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {}
+
+
+def main(arguments: list[str] | None = None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("dataset", help="wikitext-2, wikitext-103, pydocs, or a path")
+    parser.add_argument("--source", help="where to read it: a file, zip, folder or URL of a zip")
+    parser.add_argument("--train_split", default="train", choices=SPLITS)
+    parser.add_argument("--val_split", default="val", choices=SPLITS)
+    parser.add_argument("--tokenizer", default="bpe", choices=("bpe", "bytes", "gpt2"))
+    parser.add_argument("--vocab_size", type=int, default=4096, help="of bpe")
+    options = vars(parser.parse_args(arguments))
+    start = time.time()
+    folder = prepare(**options)
+    for split, counts in read_meta(folder)["splits"].items():
+        print(f"{split}: " + ", ".join(f"{count:,} {what}" for what, count in counts.items()))
+    print(f"{folder} is ready ({time.time() - start:.1f} s)")
+
+
+def run(main):
+    """Call a script's main(); a mistake of the user's ends it with one sentence and exit code 2."""
+    script = Path(sys.argv[0]).name
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(
+            errors="replace"
+        )  # a character that the terminal lacks is no reason to die
+    try:
+        main()
+    except (UserError, OSError) as error:
+        text = str(error) if isinstance(error, UserError) else short(error)
+        print(f"{script}: {text}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{script}: stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    run(main)
