@@ -48,6 +48,7 @@ WIKITEXT = {  # addresses in the order to try, size in bytes and sha256 if known
     },
 }
 SPLITS = {"train": "train", "val": "valid|val|validation", "test": "test"}
+TOKENIZERS = ("bpe", "bytes", "gpt2")
 TIMEOUT = 20  # seconds without an answer before a download is given up
 # GPT-2's way to cut text into words, written without look-ahead, which rustbpe does not know.
 WORD_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+"
@@ -58,15 +59,33 @@ class UserError(Exception):
     """Something that the user can mend, said in one sentence."""
 
 
+class DownloadError(UserError):
+    """A file of the network that can't be had now."""
+
+
 # -------------------------------------------------------------------------------------- tokenizer
 
 
 @dataclass
 class Tokenizer:
-    """A tiktoken encoding and the id that stands before each document."""
+    """Byte-level BPE in tiktoken: `ranks` are its tokens in the order of merging, and their ids.
 
-    encoding: tiktoken.Encoding
+    `end_of_text` stands before each document; it may be one more id after those of `ranks`.
+    """
+
+    ranks: dict[bytes, int]
+    pattern: str
     end_of_text: int
+
+    def __post_init__(self):
+        new = self.end_of_text == len(self.ranks)
+        self.encoding = tiktoken.Encoding(
+            "mega",
+            pat_str=self.pattern,
+            mergeable_ranks=self.ranks,
+            special_tokens={"<|endoftext|>": self.end_of_text} if new else {},
+        )
+        self.size = len(self.ranks) + new
 
     def encode(self, text: str) -> list[int]:
         return self.encoding.encode_ordinary(text)
@@ -78,20 +97,11 @@ class Tokenizer:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
 
-def make_tokenizer(ranks: dict[bytes, int], pattern: str, end_of_text: int) -> Tokenizer:
-    """`ranks` in the order of merging, which are the ids; `end_of_text` may be one more id."""
-    special = {"<|endoftext|>": end_of_text} if end_of_text == len(ranks) else {}
-    encoding = tiktoken.Encoding(
-        "mega", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
-    )
-    return Tokenizer(encoding, end_of_text)
-
-
 def new_tokenizer(kind: str, vocab_size: int, documents: list[str]) -> Tokenizer:
     """kind "bpe": trained on `documents`, at most vocab_size ids; "bytes": 256; "gpt2": 50257."""
     single_bytes = {bytes([i]): i for i in range(256)}
     if kind == "bytes":
-        return make_tokenizer(single_bytes, BYTE_PATTERN, end_of_text=0)  # no text has a byte 0
+        return Tokenizer(single_bytes, BYTE_PATTERN, end_of_text=0)  # no text has a byte 0
     if kind == "gpt2":
         try:
             gpt2 = tiktoken.get_encoding("gpt2")
@@ -100,20 +110,20 @@ def new_tokenizer(kind: str, vocab_size: int, documents: list[str]) -> Tokenizer
                 f"GPT-2's vocabulary could not be downloaded ({short(error)}); "
                 "use --tokenizer bpe or bytes, which need no network"
             ) from None
-        return make_tokenizer(gpt2._mergeable_ranks, gpt2._pat_str, gpt2.eot_token)
+        return Tokenizer(gpt2._mergeable_ranks, gpt2._pat_str, gpt2.eot_token)
     if not 257 <= vocab_size <= 1 << 20:
         raise UserError(f"vocab_size must be from 257 to {1 << 20} for bpe, got {vocab_size}")
     bpe = rustbpe.Tokenizer()
     bpe.train_from_iterator(iter(documents), vocab_size - 1, pattern=WORD_PATTERN)
     ranks = {bytes(token): rank for token, rank in bpe.get_mergeable_ranks()}
-    return make_tokenizer(ranks, WORD_PATTERN, end_of_text=len(ranks))
+    return Tokenizer(ranks, WORD_PATTERN, end_of_text=len(ranks))
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path):
-    ranks = sorted(tokenizer.encoding._mergeable_ranks.items(), key=lambda item: item[1])
+    ranks = sorted(tokenizer.ranks.items(), key=lambda item: item[1])
     lines = [base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks]
     write_whole(folder / "tokenizer.tiktoken", b"".join(lines))
-    meta = {"pattern": tokenizer.encoding._pat_str, "end_of_text": tokenizer.end_of_text}
+    meta = {"pattern": tokenizer.pattern, "end_of_text": tokenizer.end_of_text}
     write_whole(folder / "tokenizer_meta.json", json.dumps(meta, indent=2).encode())
 
 
@@ -122,7 +132,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         meta = json.loads((folder / "tokenizer_meta.json").read_bytes())
         rows = [line.split() for line in (folder / "tokenizer.tiktoken").read_bytes().splitlines()]
         ranks = {base64.b64decode(token): int(rank) for token, rank in rows}
-        return make_tokenizer(ranks, meta["pattern"], meta["end_of_text"])
+        return Tokenizer(ranks, meta["pattern"], meta["end_of_text"])
     except FileNotFoundError as error:
         raise UserError(f"{folder} has no tokenizer: {error.filename} is missing") from None
     except (ValueError, KeyError, TypeError) as error:
@@ -165,12 +175,12 @@ def download(url: str, path: Path, size: int | None = None, sha256: str | None =
                     got += len(piece)
                     bar.update(len(piece))
         if expected is not None and got != expected:
-            raise UserError(f"{url} broke off after {got:,} of {expected:,} bytes; try again")
+            raise DownloadError(f"{url} broke off after {got:,} of {expected:,} bytes; try again")
         if sha256 and digest.hexdigest() != sha256:
-            raise UserError(f"{url} is not the expected file: its sha256 differs")
+            raise DownloadError(f"{url} is not the expected file: its sha256 differs")
         os.replace(part, path)
     except (OSError, http.client.HTTPException, ValueError) as error:
-        raise UserError(f"{url} could not be downloaded ({short(error)})") from None
+        raise DownloadError(f"{url} could not be downloaded ({short(error)})") from None
     finally:
         part.unlink(missing_ok=True)
 
@@ -251,10 +261,10 @@ def fetch_wikitext(name: str) -> dict[str, bytes]:
             try:
                 download(url, path, about.get("size"), about.get("sha256"))
                 break
-            except UserError as error:
+            except DownloadError as error:
                 errors.append(str(error))
         else:
-            raise UserError("; ".join(errors))
+            raise DownloadError("; ".join(errors))
     return unzip(path)
 
 
@@ -341,7 +351,11 @@ def prepare(
     vocab_size: int = 4096,
 ) -> Path:
     """Make data/<name>/ unless it is there already, made in the same way; return the folder."""
+    source = source or None
     known = dataset in WIKITEXT or dataset == "pydocs"
+    for split in (train_split, val_split):
+        if split not in SPLITS:
+            raise UserError(f"a split is {', '.join(SPLITS)}, not {split!r}")
     name = dataset if known else re.sub(r"\W+", "_", Path(dataset).stem) or "text"
     folder = DATA / name
     made_by = {
@@ -376,7 +390,7 @@ def prepare(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "meta.json").unlink(missing_ok=True)  # until all the rest is there
     save_tokenizer(codec, folder)
-    size = codec.encoding.n_vocab
+    size = codec.size
     dtype = "uint8" if size <= 1 << 8 else "uint16" if size <= 1 << 16 else "uint32"
     meta = {"made_by": made_by, "tokens_in_vocabulary": size, "dtype": dtype, "splits": {}}
     for split, documents in splits.items():
@@ -411,40 +425,52 @@ def read_meta(folder: Path) -> dict:
         return {}
 
 
-def main(arguments: list[str] | None = None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("dataset", help="wikitext-2, wikitext-103, pydocs, or a path")
-    parser.add_argument("--source", help="where to read it: a file, zip, folder or URL of a zip")
-    parser.add_argument("--train_split", default="train", choices=SPLITS)
-    parser.add_argument("--val_split", default="val", choices=SPLITS)
-    parser.add_argument("--tokenizer", default="bpe", choices=("bpe", "bytes", "gpt2"))
-    parser.add_argument("--vocab_size", type=int, default=4096, help="of bpe")
-    options = vars(parser.parse_args(arguments))
-    start = time.time()
-    folder = prepare(**options)
-    for split, counts in read_meta(folder)["splits"].items():
-        print(f"{split}: " + ", ".join(f"{count:,} {what}" for what, count in counts.items()))
-    print(f"{folder} is ready ({time.time() - start:.1f} s)")
+class Parser(argparse.ArgumentParser):
+    """argparse with the file's docstring as help, and errors for `run` to print."""
+
+    def __init__(self, description: str):
+        super().__init__(
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str):
+        raise UserError(f"{message}; --help lists all flags")
 
 
 def run(main):
     """Call a script's main(); a mistake of the user's ends it with one sentence and exit code 2."""
     script = Path(sys.argv[0]).name
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(
-            errors="replace"
-        )  # a character that the terminal lacks is no reason to die
+    for stream in (sys.stdout, sys.stderr):  # a character that a terminal lacks must not end it
+        stream.reconfigure(errors="replace")
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of our output left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (UserError, OSError) as error:
         text = str(error) if isinstance(error, UserError) else short(error)
         print(f"{script}: {text}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"{script}: stopped", file=sys.stderr)
+        print(f"\n{script}: stopped", file=sys.stderr)
         sys.exit(130)
+
+
+def main():
+    parser = Parser(__doc__)
+    parser.add_argument("dataset", help="wikitext-2, wikitext-103, pydocs, or a path")
+    parser.add_argument("--source", help="where to read it: a file, zip, folder or URL of a zip")
+    parser.add_argument("--train_split", default="train", choices=SPLITS)
+    parser.add_argument("--val_split", default="val", choices=SPLITS)
+    parser.add_argument("--tokenizer", default="bpe", choices=TOKENIZERS)
+    parser.add_argument("--vocab_size", type=int, default=4096, help="of bpe (default: 4096)")
+    start = time.time()
+    folder = prepare(**vars(parser.parse_args()))
+    for split, counts in read_meta(folder)["splits"].items():
+        print(f"{split}: " + ", ".join(f"{count:,} {what}" for what, count in counts.items()))
+    print(f"{folder} is ready ({time.time() - start:.1f} s)")
 
 
 if __name__ == "__main__":
