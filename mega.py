@@ -102,7 +102,8 @@ class MegaConfig:
                 rule, valid = "an integer, 0 or more", kind is int and value >= 0
             else:
                 free = f.name == "extra" or (f.name == "chunk_size" and not self.use_chunking)
-                rule, valid = "a positive integer", free or (kind is int and value > 0)
+                when = " with use_chunking=True" if f.name == "chunk_size" else ""
+                rule, valid = f"a positive integer{when}", free or (kind is int and value > 0)
             if not valid and not (value is None and "None" in str(f.type)):
                 raise ValueError(f"{f.name} must be {rule}, got {value!r}")
         Z, last = self.shared_representation_size, self.normalize_before_ffn
@@ -295,7 +296,7 @@ class Blocks(torch.autograd.Function):
         before = scan(torch.cat([h.unsqueeze(-1), new[..., :-1]], -1), decay)
         y = torch.bmm(blocks, inside).baddbmm_(before.flatten(2).mT, read)
         ctx.save_for_backward(blocks, inside, write, read, decay, before)
-        return from_blocks(y, len(x)), before[..., -1]
+        return from_blocks(y, len(x)), before[..., -1].clone()  # not a view, which keeps all alive
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -1,0 +1,1089 @@
+"""The laws that mega.py, train.py, sample.py and data/prepare.py must obey.
+
+    pytest                                   # all, deterministic, no network
+    pytest --hypothesis-profile=thorough     # 20 times the examples
+
+Laws are checked by Hypothesis on random shapes and values, in fp64 where equality is meant exactly;
+in fp32 a tolerance is stated. The order is that of mega.py's rooms.
+"""
+
+import copy
+import functools
+import itertools
+import json
+import math
+import os
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import mega
+from mega import (
+    ACTIVATIONS,
+    ATTENTION_WEIGHTS,
+    NORMS,
+    DampedEMA,
+    MegaConfig,
+    MegaForCausalLM,
+    MegaModel,
+    MovingAverageGatedAttention,
+    ema_blockwise,
+    ema_direct,
+    ema_fft,
+    ema_kernel,
+    ema_recurrent,
+)
+
+PROJECT = Path(__file__).resolve().parent
+slow_is_fine = {"deadline": None, "suppress_health_check": list(HealthCheck)}
+settings.register_profile("quick", max_examples=25, derandomize=True, **slow_is_fine)
+settings.register_profile("thorough", max_examples=500, derandomize=True, **slow_is_fine)
+settings.load_profile("quick")
+
+seeds = st.integers(0, 2**31)
+
+
+def randn(seed: int, *shape: int, dtype=torch.float64) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-10):
+    """Equal up to `tolerance` of the largest number, and of 1."""
+    assert a.shape == b.shape and a.dtype == b.dtype
+    assert torch.isfinite(a).all() and torch.isfinite(b).all()
+    scale = 1 + b.abs().max().item() if b.numel() else 1
+    error = (a - b).abs().max().item() if b.numel() else 0
+    assert error <= tolerance * scale, f"differ by {error:.2e} of {scale:.2e}"
+
+
+def small_config(**changes) -> MegaConfig:
+    """A decoder of two tiny layers without dropout."""
+    values = {
+        "vocab_size": 23,
+        "hidden_size": 8,
+        "num_hidden_layers": 2,
+        "intermediate_size": 12,
+        "nffn_hidden_size": 10,
+        "ema_projection_size": 3,
+        "shared_representation_size": 6,
+        "max_positions": 64,
+        "is_decoder": True,
+        "bidirectional": False,
+        "normalization_type": "layernorm",
+        "dropout_prob": 0.0,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "nffn_activation_dropout_prob": 0.0,
+    }
+    return MegaConfig(**values | changes)
+
+
+def randomized(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """In fp64 and eval mode, with parameters large enough for every one of them to matter."""
+    module = module.double().eval()
+    for i, parameter in enumerate(module.parameters()):
+        parameter.data += 0.5 * randn(seed + i, *parameter.shape)
+    return module
+
+
+def causal_lm(seed: int = 0, **changes) -> MegaForCausalLM:
+    return randomized(MegaForCausalLM(small_config(**changes)), seed)
+
+
+@functools.cache
+def shared_lm(**changes) -> MegaForCausalLM:
+    """One model for all examples of a test, which must not change it."""
+    return causal_lm(**changes)
+
+
+def token_ids(seed: int, rows: int, length: int, vocab_size: int = 23) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, vocab_size, (rows, length), generator=generator)
+
+
+chunkings = st.sampled_from([{}, *({"use_chunking": True, "chunk_size": c} for c in (1, 3, 4, 8))])
+attentions = st.sampled_from(sorted(ATTENTION_WEIGHTS))
+biases = st.sampled_from(["rotary", "simple"])
+
+
+# ------------------------------------------------------------------------------------- 1 config
+
+
+def test_config_has_the_names_and_defaults_of_hugging_face():
+    expected = {
+        "vocab_size": 30522, "hidden_size": 128, "num_hidden_layers": 4, "intermediate_size": 256,
+        "ema_projection_size": 16, "bidirectional": True, "shared_representation_size": 64,
+        "use_chunking": False, "chunk_size": -1, "truncation": None, "normalize_before_mega": True,
+        "normalization_type": "scalenorm", "norm_affine": True, "activation": "silu",
+        "attention_activation": "softmax", "dropout_prob": 0.1, "hidden_dropout_prob": 0.1,
+        "attention_probs_dropout_prob": 0.1, "use_feature_dropout": False,
+        "use_normalized_ffn": True, "nffn_hidden_size": 256, "normalize_before_ffn": True,
+        "nffn_activation_dropout_prob": 0.1, "max_positions": 2048,
+        "add_token_type_embeddings": False, "type_vocab_size": 2, "initializer_range": 0.02,
+        "ema_delta_alpha_range": 0.2, "ema_beta_range": 0.02, "ema_gamma_omega_range": 1.0,
+        "relative_positional_bias": "rotary", "is_decoder": False, "add_cross_attention": False,
+        "classifier_dropout": None, "add_lm_hidden_dense_layer": True, "pad_token_id": 1,
+        "bos_token_id": 0, "eos_token_id": 2, "num_labels": 2, "problem_type": None,
+        "tie_word_embeddings": True, "use_cache": True,
+    }  # fmt: skip
+    own = {"final_norm": False, "scale_embedding": False, "model_type": "mega"}
+    assert MegaConfig().to_dict() == expected | own
+
+
+BAD_CONFIGS = [
+    {"vocab_size": 0}, {"hidden_size": -4}, {"num_hidden_layers": 2.0}, {"hidden_size": "8"},
+    {"intermediate_size": True}, {"ema_projection_size": 0}, {"shared_representation_size": 5},
+    {"use_chunking": True}, {"use_chunking": True, "chunk_size": 0}, {"use_chunking": 1},
+    {"truncation": 0}, {"truncation": -3}, {"normalization_type": "groupnorm"},
+    {"activation": "selu"}, {"attention_activation": "sigmoid"}, {"dropout_prob": 1.0},
+    {"dropout_prob": -0.1}, {"hidden_dropout_prob": "0.1"}, {"classifier_dropout": 2},
+    {"attention_probs_dropout_prob": math.nan}, {"initializer_range": -1.0},
+    {"ema_beta_range": math.inf}, {"relative_positional_bias": "rope"}, {"max_positions": 0},
+    {"is_decoder": True, "bidirectional": True}, {"add_cross_attention": True},
+    {"pad_token_id": 99}, {"pad_token_id": -1}, {"eos_token_id": 1.5}, {"num_labels": 0},
+    {"problem_type": "ranking"}, {"bidirectional": None}, {"nffn_hidden_size": None},
+    {"final_norm": True, "normalize_before_ffn": False},
+    {"final_norm": True, "normalize_before_mega": False, "use_normalized_ffn": False},
+    {"relative_positional_bias": "simple", "use_chunking": True, "chunk_size": 65},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", BAD_CONFIGS, ids=str)
+def test_an_impossible_config_is_one_sentence_with_its_name(changes):
+    with pytest.raises(ValueError) as error:
+        small_config(**changes)
+    message = str(error.value)
+    assert any(name in message for name in changes) and "\n" not in message
+    assert len(message) < 300
+
+
+def test_unknown_keys_of_a_config_are_kept_and_written_back():
+    config = MegaConfig.from_dict({"hidden_size": 12, "torch_dtype": "float32", "mine": [1]})
+    assert config.hidden_size == 12 and config.extra == {"torch_dtype": "float32", "mine": [1]}
+    assert MegaConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
+    assert config.to_dict()["mine"] == [1]
+
+
+# ----------------------------------------------------------------------------- 2 moving average
+
+
+@st.composite
+def ema_inputs(draw, longest: int = 70, extreme: bool = True):
+    """x (B, L, D) and the coefficients u, q, g (D, N) of random logits, in fp64."""
+    B, L, D, N = (draw(st.integers(1, top)) for top in (3, longest, 4, 4))
+    seed, scale = draw(seeds), draw(st.sampled_from([0.2, 1, 4] + [100] * extreme))
+    p, decay = (torch.sigmoid(scale * randn(seed + i, D, N)) for i in (1, 2))
+    u, g = p * randn(seed + 3, D, N), randn(seed + 4, D, N) / math.sqrt(N)
+    x = randn(seed, B, L, D) * draw(st.sampled_from([1e-3, 1, 100]))
+    return x, u, 1 - p * decay, g
+
+
+def by_definition(x, u, q, g, state=None):
+    """The recurrence of the paper's equation 2 in plain loops."""
+    h = torch.zeros(x.shape[0], *u.shape, dtype=x.dtype) if state is None else state.clone()
+    y = torch.zeros_like(x)
+    for b, t, d in itertools.product(*map(range, x.shape)):
+        for n in range(u.shape[1]):
+            h[b, d, n] = q[d, n] * h[b, d, n] + u[d, n] * x[b, t, d]
+            y[b, t, d] += g[d, n] * h[b, d, n]
+    return y, h
+
+
+@given(ema_inputs(longest=9), seeds, st.integers(1, 6))
+def test_all_modes_follow_the_definition(inputs, seed, block):
+    x, u, q, g = inputs
+    state = randn(seed, len(x), *u.shape)
+    y, h = by_definition(x, u, q, g)
+    close(ema_direct(*inputs), y)
+    close(ema_fft(*inputs), y)
+    for start in (None, state):
+        y, h = by_definition(x, u, q, g, start)
+        for found in (ema_recurrent(*inputs, start), ema_blockwise(*inputs, start, block)):
+            close(found[0], y)
+            close(found[1], h)
+
+
+def gradients(function, inputs, weight):
+    leaves = [t.clone().requires_grad_() for t in inputs]
+    (function(*leaves) * weight).sum().backward()
+    return [leaf.grad for leaf in leaves]
+
+
+@given(ema_inputs(), seeds, st.integers(1, 80))
+def test_direct_equals_fft_equals_recurrent_equals_blockwise_with_gradients(inputs, seed, block):
+    weight = randn(seed, *inputs[0].shape)
+    modes = {
+        "direct": ema_direct,
+        "fft": ema_fft,
+        "recurrent": lambda *c: ema_recurrent(*c)[0],
+        "blockwise": lambda *c: ema_blockwise(*c, block=block)[0],
+    }
+    values = {name: mode(*inputs) for name, mode in modes.items()}
+    slopes = {name: gradients(mode, inputs, weight) for name, mode in modes.items()}
+    for name in ("fft", "recurrent", "blockwise"):
+        close(values[name], values["direct"])
+        for found, expected in zip(slopes[name], slopes["direct"], strict=True):
+            close(found, expected, 1e-9)
+
+
+@given(ema_inputs(extreme=False), st.integers(1, 80))
+def test_the_modes_agree_in_fp32(inputs, block):
+    """Tolerance: 2e-5 of the largest number, some hundred roundings."""
+    inputs = [t.float() for t in inputs]
+    expected = ema_direct(*(t.double() for t in inputs)).float()
+    scale = inputs[0].abs().max() * ema_kernel(*inputs[1:], inputs[0].shape[1]).abs().sum(-1).max()
+    found = (ema_direct(*inputs), ema_fft(*inputs), ema_recurrent(*inputs)[0])
+    for y in (*found, ema_blockwise(*inputs, block=block)[0]):
+        assert y.dtype == torch.float32
+        assert (y - expected).abs().max() <= 2e-5 * scale
+
+
+@given(ema_inputs(), seeds, st.lists(st.integers(0, 70), max_size=3), st.integers(1, 20))
+def test_any_split_with_a_carried_state_equals_the_whole_with_gradients(inputs, seed, cuts, block):
+    x, u, q, g = inputs
+    start = randn(seed, len(x), *u.shape)
+    cuts = [0, *sorted(min(cut, x.shape[1]) for cut in cuts), x.shape[1]]
+    weights = randn(seed + 1, *x.shape), randn(seed + 2, *start.shape)
+
+    def loss(ema, x, u, q, g, h, cuts):
+        ys = []
+        for a, b in itertools.pairwise(cuts):
+            if a < b:
+                y, h = ema(x[:, a:b], u, q, g, h)
+                ys.append(y)
+        return (torch.cat(ys, 1) * weights[0]).sum() + (h * weights[1]).sum()
+
+    leaves = [t.clone().requires_grad_() for t in (x, u, q, g, start)]
+    whole = loss(ema_recurrent, *leaves, [0, x.shape[1]])
+    expected = torch.autograd.grad(whole, leaves)
+    for ema in (ema_recurrent, functools.partial(ema_blockwise, block=block)):
+        parts = loss(ema, *leaves, cuts)
+        close(parts, whole)
+        for found, slope in zip(torch.autograd.grad(parts, leaves), expected, strict=True):
+            close(found, slope, 1e-9)
+
+
+def test_the_backward_pass_by_hand_is_the_derivative():
+    x, u, q, g = randn(0, 2, 11, 2), randn(1, 2, 3), torch.rand(2, 3).double(), randn(2, 2, 3)
+    leaves = [t.requires_grad_() for t in (x, u, q, g, randn(3, 2, 2, 3))]
+    assert torch.autograd.gradcheck(lambda *c: ema_blockwise(*c, 4), leaves)
+
+
+@given(ema_inputs(), seeds, st.floats(-3, 3), st.integers(1, 20))
+def test_every_mode_is_linear_in_x(inputs, seed, a, block):
+    x, *c = inputs
+    other = randn(seed, *x.shape)
+    for ema in (ema_direct, ema_fft, lambda *z: ema_blockwise(*z, block=block)[0]):
+        close(ema(a * x + other, *c), a * ema(x, *c) + ema(other, *c), 1e-9)
+
+
+@given(ema_inputs(), st.integers(1, 20), st.integers(1, 20))
+def test_a_later_input_gives_the_same_output_later(inputs, shift, block):
+    x, *c = inputs
+    late = F.pad(x, (0, 0, shift, 0))
+    for ema in (ema_direct, ema_fft, lambda *z: ema_blockwise(*z, block=block)[0]):
+        y = ema(late, *c)
+        close(y[:, shift:], ema(x, *c))
+        close(y[:, :shift], torch.zeros_like(y[:, :shift]))
+
+
+@given(ema_inputs(), st.integers(1, 20))
+def test_the_response_to_an_impulse_is_the_kernel(inputs, block):
+    x, u, q, g = inputs
+    length = x.shape[1]
+    impulse = torch.zeros(1, length, len(u)).double()
+    impulse[:, 0] = 1
+    kernel = torch.stack([(g * u * q**lag).sum(-1) for lag in range(length)], -1)
+    close(ema_kernel(u, q, g, length), kernel)
+    for ema in (ema_direct, ema_fft, lambda *z: ema_blockwise(*z, block=block)[0]):
+        close(ema(impulse, u, q, g)[0].T.contiguous(), kernel)
+
+
+@given(ema_inputs(), st.data(), st.integers(1, 20))
+def test_a_change_at_t_leaves_all_before_t_bit_equal(inputs, data, block):
+    x, *c = inputs
+    t = data.draw(st.integers(0, x.shape[1] - 1))
+    changed = x.clone()
+    changed[:, t:] += 7
+    for ema in (
+        ema_direct,
+        lambda *z: ema_recurrent(*z)[0],
+        lambda *z: ema_blockwise(*z, None, block)[0],
+    ):
+        assert torch.equal(ema(changed, *c)[:, :t], ema(x, *c)[:, :t])
+    close(ema_fft(changed, *c)[:, :t], ema_fft(x, *c)[:, :t], 1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("p_logit", [-100.0, 0.0, 100.0])
+@pytest.mark.parametrize("decay_logit", [-100.0, 0.0, 100.0])
+def test_saturated_sigmoids_give_finite_values_and_gradients(p_logit, decay_logit, dtype):
+    ema = DampedEMA(small_config()).to(dtype)
+    ema.damping_factor.data.fill_(p_logit)
+    ema.decay_factor.data.fill_(decay_logit)
+    results = []
+    for mode in mega.EMA_MODES:
+        x = randn(0, 2, 40, 8, dtype=dtype).requires_grad_()
+        ema.zero_grad()
+        y, _ = ema(x, mode=mode)
+        y.sum().backward()
+        results.append((y.detach(), x.grad, *(p.grad for p in ema.parameters())))
+        assert all(torch.isfinite(t).all() for t in results[-1])
+    for other in results[1:]:
+        for found, expected in zip(other, results[0], strict=True):
+            close(found, expected, 1e-4 if dtype == torch.float32 else 1e-9)
+
+
+@pytest.mark.parametrize("mode", mega.EMA_MODES)
+def test_the_ema_computes_in_fp32_under_autocast_and_in_half_precision(mode):
+    inputs = [randn(i, *shape, dtype=torch.float32) for i, shape in enumerate([(2, 50, 3), (3, 4)])]
+    x, u = inputs
+    q, g = 1 - torch.rand(3, 4) * 1e-3, torch.ones(3, 4)
+
+    def y(x):
+        found = mega.EMA_MODES[mode](x, u, q, g)
+        return found[0] if isinstance(found, tuple) else found
+
+    expected = y(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(y(x), expected)
+        under = y(x.requires_grad_())
+    under.sum().backward()
+    under_autocast, x.grad = x.grad, None
+    y(x).sum().backward()
+    assert torch.equal(under_autocast, x.grad)
+    half = x.detach().bfloat16()
+    assert y(half).dtype == torch.bfloat16
+    assert torch.equal(y(half), y(half.float()).bfloat16())
+
+
+@given(ema_inputs(), st.integers(1, 90))
+def test_truncation_keeps_the_first_taps_only(inputs, truncation):
+    x, *c = inputs
+    kernel = ema_kernel(*c, x.shape[1]).clone()
+    kernel[:, truncation:] = 0
+    expected = torch.einsum("bjd,dji->bid", x, mega.toeplitz(kernel))
+    close(ema_direct(*inputs, truncation), expected)
+    close(ema_fft(*inputs, truncation), expected)
+
+
+@given(seeds, st.integers(1, 30), st.sampled_from(["direct", "fft", "recurrent", "blockwise"]))
+def test_bidirectional_is_forward_plus_reversed(seed, length, mode):
+    both = randomized(DampedEMA(small_config(is_decoder=False, bidirectional=True)), seed)
+    x = randn(seed, 2, length, 8)
+    u, q, g = both.coefficients()
+    first, second = (ema_direct(z, u[s], q[s], g[s]) for z, s in
+                     ((x, slice(0, 8)), (x.flip(1), slice(8, 16))))  # fmt: skip
+    expected = F.silu(first + second.flip(1) + both.residual_weight * x)
+    y, state = both(x, mode=mode)
+    close(y, expected)
+    assert state is None
+
+
+def test_the_coefficients_are_those_of_the_paper():
+    ema = randomized(DampedEMA(small_config()))
+    p, decay = ema.damping_factor[..., 0].sigmoid(), ema.decay_factor[..., 0].sigmoid()
+    u, q, g = ema.coefficients()
+    close(u, p * ema.ema_expansion_matrix[..., 0])
+    close(q, 1 - p * decay)
+    close(g, ema.kernel_projection_matrix / 3**0.5)
+
+
+def test_masked_inputs_enter_the_ema_as_zeros_and_keep_their_residual():
+    ema = randomized(DampedEMA(small_config()))
+    x, mask = randn(0, 2, 9, 8), torch.ones(2, 9, dtype=torch.bool)
+    mask[0, 3:5] = False
+    u, q, g = ema.coefficients()
+    expected = F.silu(ema_direct(x * mask[..., None], u, q, g) + x * ema.residual_weight)
+    close(ema(x, mask)[0], expected)
+
+
+def test_the_ema_refuses_what_it_cannot_do():
+    x, state = torch.zeros(1, 4, 8), torch.zeros(1, 8, 3)
+    truncated, causal = DampedEMA(small_config(truncation=3)), DampedEMA(small_config())
+    both = DampedEMA(small_config(is_decoder=False, bidirectional=True))
+    for call, word in (
+        (lambda: causal(x, mode="quick"), "one of direct, fft"),
+        (lambda: truncated(x, mode="recurrent"), "direct or fft"),
+        (lambda: truncated(x, mode="blockwise"), "direct or fft"),
+        (lambda: causal(x, state=state, mode="fft"), "state"),
+        (lambda: both(x, state=state), "state"),
+        (lambda: causal(x, state=state[..., :2]), "state must be"),
+        (lambda: ema_blockwise(x, *causal.coefficients(), block=0), "block"),
+        (lambda: ema_fft(x[..., :5], *causal.coefficients()), "u, q, g"),
+    ):
+        with pytest.raises(ValueError, match=word):
+            call()
+    assert torch.allclose(truncated(x)[0], truncated(x, mode="direct")[0])
+
+
+def test_initial_values_are_those_of_the_papers_code():
+    torch.manual_seed(0)
+    config = MegaConfig(hidden_size=256, num_hidden_layers=1, is_decoder=True, bidirectional=False)
+    model = MegaForCausalLM(config)
+    layer = model.mega.layers[0].mega_layer
+    ema = layer.ema_gate
+    signs = torch.tensor([1.0, -1.0]).repeat(8)[:, None]
+    for tensor, std in (
+        (ema.damping_factor, 0.2), (ema.decay_factor, 0.2), (ema.ema_expansion_matrix - signs, 0.02),
+        (ema.kernel_projection_matrix, 1.0), (ema.residual_weight, 1.0), (layer.qk_weight, 0.02),
+        (layer.v_proj.weight, 0.02), (layer.mx_proj.weight, 0.02), (layer.h_proj.weight, 0.02),
+        (model.mega.layers[0].nffn.fc1.weight, 0.02), (layer.rel_pos_bias.alpha, 0.02),
+        (model.mega.embedding_layer.word_embeddings.weight, 0.02), (model.dense.weight, 0.02),
+    ):  # fmt: skip
+        few = 5 / math.sqrt(2 * tensor.numel())
+        assert (
+            abs(tensor.std().item() / std - 1) < few and abs(tensor.mean().item()) < std * few * 2
+        )
+    zero = (layer.qk_bias, layer.v_proj.bias, layer.mx_proj.bias, model.lm_head.bias)
+    assert not any(t.any() for t in (*zero, model.mega.embedding_layer.word_embeddings.weight[1]))
+
+
+# ---------------------------------------------------------------------------------- 3 attention
+
+
+def reference_layer(layer: MovingAverageGatedAttention, x, mask=None):
+    """The layer from the paper's equations, position by position, in loops."""
+    config = layer.config
+    D, V, Z = config.hidden_size, config.intermediate_size, config.shared_representation_size
+    B, L, _ = x.shape
+    mask = torch.ones(B, L, dtype=torch.bool) if mask is None else mask.bool()
+    act = ACTIVATIONS[config.activation]
+    norm = layer.norm.norm
+    n = norm(x) if config.normalize_before_mega else x
+    ema = layer.ema_gate
+    u, q, g = ema.coefficients()
+    state, m = torch.zeros(B, *u.shape).double(), torch.zeros_like(n)
+    for t in range(L):
+        state = q * state + u * (n[:, t] * mask[:, t, None])[..., None]
+        m[:, t] = F.silu((g * state).sum(-1) + ema.residual_weight * n[:, t])
+    v = act(n @ layer.v_proj.weight.T + layer.v_proj.bias)
+    base = m @ layer.mx_proj.weight.T + layer.mx_proj.bias
+    update, hx = base[..., :D].sigmoid(), base[..., D + Z + V :]
+    z, reset = F.silu(base[..., D : D + Z]), F.silu(base[..., D + Z : D + Z + V])
+    queries = z * layer.qk_weight[0] + layer.qk_bias[0]
+    keys = z * layer.qk_weight[1] + layer.qk_bias[1]
+    chunk = config.chunk_size if config.use_chunking else L
+    o = torch.zeros(B, L, V).double()
+    for b, i in itertools.product(range(B), range(L)):
+        first = i // chunk * chunk
+        last = i if config.is_decoder else min(first + chunk, L) - 1
+        seen = [j for j in range(first, last + 1) if mask[b, j]]
+        if not seen:
+            continue
+        scores = torch.stack([queries[b, i] @ keys[b, j] for j in seen])
+        bias = torch.stack([reference_bias(layer, j - i, L) for j in seen])
+        if config.attention_activation == "softmax":
+            weights = (scores / math.sqrt(Z) + bias).exp()
+            weights = weights / weights.sum()
+        else:
+            scores = scores / len(seen) + bias
+            if config.attention_activation == "relu2":
+                weights = scores.clamp(min=0) ** 2
+            else:
+                weights = 0.5 * (1 + torch.erf((scores - 0.707107) / (0.282095 * math.sqrt(2))))
+        o[b, i] = sum(weight * v[b, j] for weight, j in zip(weights, seen, strict=True))
+    candidate = act(hx + (o * reset) @ layer.h_proj.weight.T + layer.h_proj.bias)
+    y = update * candidate + (1 - update) * x
+    return y if config.normalize_before_mega else norm(y)
+
+
+def reference_bias(layer, distance: int, length: int) -> torch.Tensor:
+    """Of a key `distance` places after its query (before it, if negative)."""
+    config = layer.config
+    if config.relative_positional_bias == "simple":
+        centre = (config.chunk_size if config.use_chunking else config.max_positions) - 1
+        return layer.rel_pos_bias.rel_pos_bias[centre + distance]
+    half = config.shared_representation_size // 2
+    alpha, b = layer.rel_pos_bias.alpha[0], layer.rel_pos_bias.b_param[0]
+    alpha, b = torch.complex(alpha[:half], alpha[half:]), torch.complex(b[:half], b[half:])
+    angle = distance * torch.tensor([10000 ** (-k / half) for k in range(half)]).double()
+    return (alpha.conj() * b * torch.exp(1j * angle)).real.sum()
+
+
+@given(
+    seeds,
+    st.integers(1, 11),
+    chunkings,
+    attentions,
+    biases,
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from([None, "right", "left", "any"]),
+)
+def test_the_layer_equals_its_equations(seed, length, chunking, attention, bias, causal, pre, pads):
+    config = small_config(
+        **chunking,
+        attention_activation=attention,
+        relative_positional_bias=bias,
+        is_decoder=causal,
+        normalize_before_mega=pre,
+    )
+    layer = randomized(MovingAverageGatedAttention(config), seed)
+    x, mask = randn(seed, 2, length, 8), None
+    if pads:
+        mask = torch.rand(2, length, generator=torch.Generator().manual_seed(seed)) > 0.4
+        if pads != "any":
+            mask = mask.sort(descending=pads == "right").values
+    found, _ = layer(x, mask)
+    # The sines and cosines of the rotary bias are fp32, as in the checkpoints' own code.
+    close(found, reference_layer(layer, x, mask), 1e-6)
+
+
+@given(
+    seeds, st.integers(1, 20), st.integers(0, 19), st.sampled_from([1, 3, 8]), biases, attentions
+)
+def test_a_chunk_is_attended_to_as_if_it_were_alone(seed, length, past, chunk, bias, attention):
+    options = {"relative_positional_bias": bias, "attention_activation": attention}
+    chunked = small_config(use_chunking=True, chunk_size=chunk, **options)
+    layer = randomized(MovingAverageGatedAttention(chunked), seed)
+    past %= chunk
+    k, v = randn(seed, 2, past + length, 6), randn(seed + 1, 2, past + length, 12)
+    q = randn(seed + 2, 2, past + length, 6)
+    mask = torch.rand(2, past + length, generator=torch.Generator().manual_seed(seed)) > 0.2
+    found = layer.attend(q[:, past:], k, v, mask)
+    parts = [
+        layer.attend(*(t[:, start : start + chunk] for t in (q, k, v, mask)))
+        for start in range(0, past + length, chunk)
+    ]
+    close(found, torch.cat(parts, 1)[:, past:], 1e-12)
+
+
+def test_nothing_of_size_l_by_l_when_chunking(monkeypatch):
+    sizes = []
+
+    def weights(q, k, bias, visible):
+        sizes.extend(t.numel() for t in (q, k, bias, visible))
+        found = mega.softmax_weights(q, k, bias, visible)
+        sizes.append(found.numel())
+        return found
+
+    monkeypatch.setitem(ATTENTION_WEIGHTS, "softmax", weights)
+    length, chunk = 1003, 8
+    layer = MovingAverageGatedAttention(small_config(use_chunking=True, chunk_size=chunk))
+    layer(torch.randn(1, length, 8), torch.ones(1, length, dtype=torch.bool))
+    assert max(sizes) <= length * chunk
+
+
+@given(seeds, attentions, chunkings, st.booleans(), st.integers(1, 12))
+def test_no_mask_makes_a_nan_in_values_or_gradients(seed, attention, chunking, causal, length):
+    config = small_config(attention_activation=attention, is_decoder=causal, **chunking)
+    layer = randomized(MovingAverageGatedAttention(config), seed)
+    x = randn(seed, 3, length, 8).requires_grad_()
+    mask = torch.rand(3, length, generator=torch.Generator().manual_seed(seed)) > 0.7
+    mask[0] = False
+    y, _ = layer(x, mask)
+    y.sum().backward()
+    assert torch.isfinite(y).all() and torch.isfinite(x.grad).all()
+    q = randn(seed, 3, length, 6)
+    seen = layer.attend(q, q, randn(seed, 3, length, 12), mask)
+    assert not seen[0].any()
+
+
+def test_laplace_meets_relu2_in_value_and_slope_and_is_bounded():
+    x = torch.tensor(math.sqrt(0.5), dtype=torch.float64, requires_grad=True)
+    for function in (mega.laplace, mega.relu2):
+        y = function(x)
+        (slope,) = torch.autograd.grad(y, x)
+        assert abs(y.item() - 0.5) < 1e-5 and abs(slope.item() - math.sqrt(2)) < 1e-4
+    assert abs(mega.laplace(torch.zeros(())).item() - 0.0061) < 1e-4
+    assert mega.laplace(torch.tensor([-9.0, 9.0])).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("name", sorted(NORMS))
+@pytest.mark.parametrize("affine", [True, False])
+def test_norms_normalise(name, affine):
+    norm = mega.SequenceNorm(small_config(normalization_type=name), affine).double().eval()
+    x = randn(0, 2, 5, 8) * 3 + 1
+    parameters = dict(norm.named_parameters())
+    assert bool(parameters) == affine and all(n.startswith("norm.") for n in parameters)
+    for i, parameter in enumerate(parameters.values()):
+        parameter.data += randn(i, *parameter.shape)
+    gain = norm.norm.scalar if name == "scalenorm" else getattr(norm.norm, "weight", None)
+    gain = 1 if not affine else gain
+    if name == "layernorm":
+        expected = (x - x.mean(-1, True)) / (x.var(-1, False, keepdim=True) + 1e-5).sqrt()
+    elif name in ("scalenorm", "rmsnorm"):
+        expected = x / (x.square().mean(-1, True) + 1e-5).sqrt()
+    else:
+        expected = x / math.sqrt(1 + 1e-5)
+    expected = expected * gain + (getattr(norm.norm, "bias", None) if affine and
+                                  getattr(norm.norm, "bias", None) is not None else 0)  # fmt: skip
+    close(norm(x), expected)
+
+
+def test_batchnorm_takes_its_statistics_over_rows_and_length():
+    norm = mega.SequenceNorm(small_config(normalization_type="batchnorm"), False).double().train()
+    x = randn(0, 3, 7, 8) * 2 + 5
+    y = norm(x)
+    close(y.mean((0, 1)), torch.zeros(8).double(), 1e-6)
+    close(y.var((0, 1), False), torch.ones(8).double(), 1e-4)
+
+
+def test_feature_dropout_drops_whole_features_of_a_row():
+    module = mega.NormalizedFeedForward(small_config(use_feature_dropout=True)).train()
+    torch.manual_seed(0)
+    kept = mega.dropout(torch.ones(16, 50, 40), 0.3, module)
+    assert torch.equal(kept, kept[:, :1].expand_as(kept))
+    assert kept.unique().tolist() == pytest.approx([0, 1 / 0.7])
+    assert abs((kept == 0).double().mean().item() - 0.3) < 0.08
+    assert torch.equal(mega.dropout(torch.ones(2, 3, 4), 0.3, module.eval()), torch.ones(2, 3, 4))
+
+
+# -------------------------------------------------------------------------- 4 block and 5 model
+
+
+@pytest.mark.parametrize("pre", [True, False])
+def test_the_feed_forward_network_equals_its_equation(pre):
+    ffn = randomized(mega.NormalizedFeedForward(small_config(normalize_before_ffn=pre)))
+    x = randn(0, 2, 5, 8)
+    n = ffn.norm(x) if pre else x
+    y = x + F.silu(n @ ffn.fc1.weight.T + ffn.fc1.bias) @ ffn.fc2.weight.T + ffn.fc2.bias
+    close(ffn(x), y if pre else ffn.norm(y))
+
+
+def test_dropout_is_where_the_paper_has_it(monkeypatch):
+    places = []
+
+    def record(x, p, module):
+        places.append((type(module).__name__, x.shape[-1], p))
+        return x
+
+    monkeypatch.setattr(mega, "dropout", record)
+    block = mega.MegaBlock(
+        small_config(dropout_prob=0.1, hidden_dropout_prob=0.2, nffn_activation_dropout_prob=0.3)
+    )
+    block(torch.randn(1, 4, 8))
+    layer, ffn = "MovingAverageGatedAttention", "NormalizedFeedForward"
+    assert places == [
+        (layer, 12, 0.2), (layer, 8, 0.1), (layer, 8, 0.1), (ffn, 10, 0.3), (ffn, 8, 0.1)
+    ]  # fmt: skip
+
+
+def test_state_dict_keys_and_shapes_are_hugging_faces():
+    D, V, Z, N, F_ = 8, 12, 6, 3, 10
+    for bias, keys in (
+        ("rotary", {"alpha": (1, Z), "b_param": (1, Z)}),
+        ("simple", {"rel_pos_bias": (127,)}),
+    ):
+        model = MegaForCausalLM(small_config(num_hidden_layers=1, relative_positional_bias=bias))
+        layer = {
+            "qk_weight": (2, Z), "qk_bias": (2, Z),
+            "norm.norm.weight": (D,), "norm.norm.bias": (D,),
+            "ema_gate.damping_factor": (D, N, 1), "ema_gate.decay_factor": (D, N, 1),
+            "ema_gate.ema_expansion_matrix": (D, N, 1), "ema_gate.residual_weight": (D,),
+            "ema_gate.kernel_projection_matrix": (D, N), "v_proj.weight": (V, D),
+            "v_proj.bias": (V,), "mx_proj.weight": (Z + V + 2 * D, D), "h_proj.bias": (D,),
+            "mx_proj.bias": (Z + V + 2 * D,), "h_proj.weight": (D, V),
+        } | {f"rel_pos_bias.{key}": shape for key, shape in keys.items()}  # fmt: skip
+        ffn = {"norm.norm.weight": (D,), "norm.norm.bias": (D,), "fc1.weight": (F_, D),
+               "fc1.bias": (F_,), "fc2.weight": (D, F_), "fc2.bias": (D,)}  # fmt: skip
+        expected = {f"mega.layers.0.mega_layer.{k}": shape for k, shape in layer.items()}
+        expected |= {f"mega.layers.0.nffn.{k}": shape for k, shape in ffn.items()}
+        expected |= {"mega.embedding_layer.word_embeddings.weight": (23, D), "lm_head.bias": (23,),
+                     "lm_head.weight": (23, D), "dense.weight": (D, D), "dense.bias": (D,)}  # fmt: skip
+        assert {k: tuple(v.shape) for k, v in model.state_dict().items()} == expected
+    both = DampedEMA(small_config(is_decoder=False, bidirectional=True))
+    assert both.damping_factor.shape == (2 * D, N, 1) and both.residual_weight.shape == (D,)
+
+
+def test_final_norm_and_embedding_scale():
+    plain = MegaModel(small_config(num_hidden_layers=1)).eval()
+    model = MegaModel(small_config(num_hidden_layers=1, final_norm=True, scale_embedding=True))
+    model.load_state_dict(plain.state_dict())
+    ids = token_ids(0, 2, 5)
+    x = plain.embedding_layer.word_embeddings(ids) * math.sqrt(8)
+    x, _ = plain.layers[0](x)
+    close(model.eval()(ids).last_hidden_state, F.layer_norm(x, (8,)), 1e-5)
+
+
+@given(seeds, st.integers(2, 20), chunkings, attentions, st.data())
+def test_no_token_sees_its_future(seed, length, chunking, attention, data):
+    model = shared_lm(attention_activation=attention, **chunking)
+    ids = token_ids(seed, 2, length)
+    t = data.draw(st.integers(1, length - 1))
+    changed = ids.clone()
+    changed[:, t:] = (changed[:, t:] + 5) % 20 + 3
+    with torch.no_grad():
+        assert torch.equal(model(changed).logits[:, :t], model(ids).logits[:, :t])
+
+
+@given(
+    seeds,
+    st.integers(1, 21),
+    st.lists(st.integers(0, 21), max_size=4),
+    chunkings,
+    attentions,
+    biases,
+    st.booleans(),
+    st.booleans(),
+)
+def test_cached_equals_uncached_over_any_split(
+    seed, length, cuts, chunking, attention, bias, padded, whole_mask
+):
+    model = shared_lm(attention_activation=attention, relative_positional_bias=bias, **chunking)
+    ids, mask = token_ids(seed, 2, length), None
+    if padded:
+        mask = torch.rand(2, length, generator=torch.Generator().manual_seed(seed)) > 0.3
+    cuts = [0, *sorted(min(cut, length) for cut in cuts), length]
+    cache, logits = None, []
+    with torch.no_grad():
+        expected = model(ids, mask).logits
+        for a, b in itertools.pairwise(cuts):
+            if a < b:
+                part = None if mask is None else mask[:, 0 if whole_mask else a : b]
+                out = model(ids[:, a:b], part, cache=cache, use_cache=True)
+                logits.append(out.logits)
+                cache = out.cache
+    close(torch.cat(logits, 1), expected, 1e-6)  # fp32 angles in the rotary bias
+    assert cache.length == length
+    if chunking:
+        for state, keys, values in cache.layers:
+            assert state.shape == (2, 8, 3)
+            assert keys.shape == (2, length % chunking["chunk_size"], 6)
+            assert values.shape == (2, length % chunking["chunk_size"], 12)
+
+
+def test_a_cache_holds_no_more_memory_than_it_shows():
+    cache = shared_lm(use_chunking=True, chunk_size=8)(token_ids(0, 1, 203), use_cache=True).cache
+    for _, keys, values in cache.layers:
+        for tensor, width in ((keys, 6), (values, 12)):
+            assert tensor.untyped_storage().nbytes() == 3 * width * 8
+
+
+@torch.no_grad()
+def test_a_cache_is_used_whatever_use_cache_says_and_never_changed():
+    model, ids = shared_lm(use_chunking=True, chunk_size=4), token_ids(0, 1, 9)
+    cache = model(ids[:, :6], use_cache=True).cache
+    before = copy.deepcopy(cache)
+    out = model(ids[:, 6:], cache=cache, use_cache=False)
+    assert out.cache is None
+    close(out.logits, model(ids).logits[:, 6:], 1e-6)
+    for a, b in zip(cache.layers, before.layers, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    assert model(ids).cache is not None  # a decoder in eval mode returns one
+    assert copy.deepcopy(model).train()(ids).cache is None
+    assert MegaForCausalLM(small_config(use_cache=False)).eval()(ids).cache is None
+
+
+@given(seeds, st.integers(1, 9), st.integers(1, 7), attentions)
+def test_left_and_right_padding_change_nothing(seed, length, pads, attention):
+    model = shared_lm(attention_activation=attention)
+    ids = token_ids(seed, 1, length)
+    junk, ones = token_ids(seed + 1, 1, pads), torch.ones(1, length)
+    zeros = torch.zeros(1, pads)
+    with torch.no_grad():
+        alone = model(ids).logits
+        left = model(torch.cat([junk, ids], 1), torch.cat([zeros, ones], 1)).logits
+        right = model(torch.cat([ids, junk], 1), torch.cat([ones, zeros], 1)).logits
+    close(left[:, pads:], alone, 1e-6)
+    close(right[:, :length], alone, 1e-6)
+
+
+def test_masks_of_any_dtype_are_one_mask():
+    model, ids = shared_lm(attention_activation="laplace"), token_ids(0, 2, 6)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0]])
+    expected = model(ids, mask).logits
+    for dtype in (torch.bool, torch.int32, torch.uint8, torch.float32, torch.float16):
+        assert torch.equal(model(ids, mask.to(dtype)).logits, expected)
+
+
+def test_the_model_refuses_what_it_cannot_use():
+    model, ids = shared_lm(use_chunking=True, chunk_size=4), token_ids(0, 2, 6)
+    cache = model(ids, use_cache=True).cache
+    simple = shared_lm(relative_positional_bias="simple")
+    truncated = MegaForCausalLM(small_config(truncation=4)).eval()
+    encoder = MegaModel(small_config(is_decoder=False)).eval()
+    for call, word in (
+        (lambda: model(ids + 20), "from 0 to 22, got"),
+        (lambda: model(-ids), "from 0 to 22, got -"),
+        (lambda: model(ids[:, :0]), "non-empty"),
+        (lambda: model(ids[0]), "non-empty"),
+        (lambda: model(ids.float()), "integer"),
+        (lambda: model(ids, torch.ones(2, 5)), r"\(2, 6\), got \(2, 5\)"),
+        (lambda: model(ids[:, :1], torch.ones(2, 5), cache=cache), r"\(2, 1\) or \(2, 7\), got"),
+        (lambda: model(ids[:1], cache=cache), "2 rows and input_ids 1"),
+        (lambda: truncated(ids, use_cache=True), "truncation=4"),
+        (lambda: encoder(ids, use_cache=True), "is_decoder=False"),
+        (lambda: simple(token_ids(0, 1, 65)), "length 65 is above max_positions 64"),
+    ):
+        with pytest.raises(ValueError, match=word):
+            call()
+    assert truncated(ids).cache is None
+
+
+def test_a_causal_lm_that_is_no_decoder_warns():
+    with pytest.warns(UserWarning, match="is_decoder=True"):
+        MegaForCausalLM(small_config(is_decoder=False))
+
+
+def test_model_code_keeps_no_state_between_calls():
+    model, ids = causal_lm(), token_ids(0, 1, 7)
+    first = model(ids).logits
+    model.load_state_dict(causal_lm(seed=9).state_dict())
+    assert not torch.allclose(model(ids).logits, first)
+    with torch.no_grad():
+        model(ids)
+    model(ids, labels=ids).loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
+    copy.deepcopy(model)
+
+
+# -------------------------------------------------------------------------------------- 6 heads
+
+
+def test_the_loss_is_the_mean_of_shifted_log_probabilities():
+    model, ids = shared_lm(), token_ids(0, 2, 7)
+    labels = ids.clone()
+    labels[0, 3] = -100
+    logp = model(ids).logits.log_softmax(-1)
+    terms = [
+        logp[b, t, labels[b, t + 1]] for b in range(2) for t in range(6) if labels[b, t + 1] > 0
+    ]
+    expected = -torch.stack(terms).mean()
+    close(model(ids, labels=labels).loss, expected)
+    close(model(ids[:, :-1], labels=labels[:, 1:], shift_labels=False).loss, expected)
+
+
+def test_tied_and_untied_heads():
+    tied, untied = causal_lm(), causal_lm(tie_word_embeddings=False)
+    embedding = "mega.embedding_layer.word_embeddings"
+    assert tied.lm_head.weight is tied.get_submodule(embedding).weight
+    assert untied.lm_head.weight is not untied.get_submodule(embedding).weight
+    dense = MegaForCausalLM(small_config(add_lm_hidden_dense_layer=False))
+    assert dense.dense is None
+    hidden = randn(0, 2, 8)
+    expected = torch.tanh(hidden @ tied.dense.weight.T + tied.dense.bias) @ tied.lm_head.weight.T
+    close(tied.logits(hidden), expected + tied.lm_head.bias)
+
+
+@pytest.mark.parametrize("attention", sorted(ATTENTION_WEIGHTS))
+@pytest.mark.parametrize("chunk_size", [0, 8])
+def test_a_tiny_model_learns_one_batch_by_heart(attention, chunk_size):
+    torch.manual_seed(0)
+    chunking = {"use_chunking": True, "chunk_size": chunk_size} if chunk_size else {}
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "shared_representation_size": 16}
+    config = small_config(**sizes, attention_activation=attention, final_norm=True, **chunking)
+    model, ids = MegaForCausalLM(config), token_ids(0, 2, 20)
+    optimizer = torch.optim.AdamW(model.parameters(), 2e-2, weight_decay=0)
+    for _ in range(120):
+        loss = model(ids, labels=ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_near_full_precision(dtype):
+    model, ids = (
+        MegaForCausalLM(small_config(use_chunking=True, chunk_size=4)).eval(),
+        token_ids(0, 2, 11),
+    )
+    expected = model(ids).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(ids, labels=ids)
+    assert out.loss.dtype == torch.float32
+    assert (out.logits.float() - expected).abs().max() < 0.02
+    half = copy.deepcopy(model).to(dtype)
+    assert half(ids).logits.dtype == dtype
+    assert (half(ids).logits.float() - expected).abs().max() < 0.02
+
+
+# --------------------------------------------------------------------------------- 7 generation
+
+
+@given(seeds, st.integers(1, 9), st.integers(0, 14), chunkings, attentions)
+def test_greedy_generation_takes_the_likeliest_token_again_and_again(
+    seed, length, new, chunking, attention
+):
+    model = shared_lm(attention_activation=attention, **chunking)
+    ids = token_ids(seed, 2, length)
+    found = model.generate(ids, new, temperature=0)
+    with torch.no_grad():
+        for _ in range(new):
+            ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
+    assert torch.equal(found, ids)
+
+
+def test_generation_streams_and_never_recomputes_the_prefix(monkeypatch):
+    model, ids, pieces, lengths = causal_lm(), token_ids(0, 2, 7), [], []
+    forward = model.mega.forward
+    monkeypatch.setattr(model.mega, "forward", lambda ids, *a, **k: (
+        lengths.append(ids.shape[1]), forward(ids, *a, **k))[1])  # fmt: skip
+    model.train()
+    found = model.generate(ids, 5, seed=3, stream=pieces.append)
+    assert model.training
+    assert lengths == [7, 1, 1, 1, 1]
+    assert torch.equal(torch.stack(pieces, 1), found[:, 7:])
+    assert torch.equal(found, model.generate(ids, 5, seed=3))
+    assert not torch.equal(found, model.generate(ids, 5, seed=4))
+
+
+def test_generation_stops_at_the_end_of_text():
+    model, ids = shared_lm(), token_ids(1, 3, 4)
+    free = model.generate(ids, 12, temperature=0)
+    eos = free[0, 6].item()
+    found = model.generate(ids, 12, temperature=0, eos_token_id=eos)
+    for row, expected in zip(found[:, 4:].tolist(), free[:, 4:].tolist(), strict=True):
+        stop = expected.index(eos) + 1 if eos in expected else len(row)
+        assert row[:stop] == expected[:stop] and set(row[stop:]) <= {1}
+    alone = model.generate(ids[:1], 12, temperature=0, eos_token_id=eos)
+    assert alone[0, -1] == eos and alone.shape[1] <= 7
+
+
+@given(seeds, st.lists(st.integers(1, 6), min_size=2, max_size=3), attentions)
+def test_each_row_of_a_batch_gives_what_it_gives_alone(seed, lengths, attention):
+    model, longest = shared_lm(attention_activation=attention), max(lengths)
+    rows = [token_ids(seed + i, 1, n) for i, n in enumerate(lengths)]
+    batch = torch.cat([F.pad(row, (longest - row.shape[1], 0), value=1) for row in rows])
+    found = model.generate(batch, 6, temperature=0, attention_mask=batch != 1)
+    for row, n, together in zip(rows, lengths, found, strict=True):
+        assert torch.equal(model.generate(row, 6, temperature=0)[0, n:], together[longest:])
+
+
+def test_a_chunked_batch_of_several_lengths_works_by_whole_chunks_or_is_refused():
+    model = shared_lm(use_chunking=True, chunk_size=4)
+    row = token_ids(0, 1, 3)
+    batch = torch.cat([F.pad(row, (4, 0), value=1), token_ids(1, 1, 7)])
+    found = model.generate(batch, 6, temperature=0, attention_mask=batch != 1)
+    assert torch.equal(found[0, 7:], model.generate(row, 6, temperature=0)[0, 3:])
+    with pytest.raises(ValueError, match="one row at a time"):
+        model.generate(batch[:, 1:], 6, attention_mask=batch[:, 1:] != 1)
+    with pytest.raises(ValueError, match="in front"):
+        model.generate(batch, 2, attention_mask=batch.flip(1) != 1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": -1.0},
+        {"temperature": math.nan},
+        {"top_k": 0},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+    ],
+    ids=str,
+)
+def test_generation_refuses_impossible_options(options):
+    with pytest.raises(ValueError, match=f"generate needs .*{next(iter(options))}"):
+        shared_lm().generate(token_ids(0, 1, 3), 2, **options)
+    with pytest.raises(ValueError, match="max_positions 64"):
+        shared_lm(relative_positional_bias="simple").generate(token_ids(0, 1, 3), 63)
+    assert shared_lm().generate(token_ids(0, 1, 3), 70).shape == (1, 73)  # beyond max_positions
+
+
+@given(seeds, st.integers(1, 30), st.floats(0.05, 1))
+def test_top_k_and_top_p_keep_the_likeliest(seed, k, top_p):
+    logits = randn(seed, 1, 12) * 2
+    p, order = logits.softmax(-1)[0].sort(descending=True)
+    smallest = next(n for n in range(1, 13) if p[:n].sum() >= top_p - 1e-12 or n == 12)
+    generator = torch.Generator().manual_seed(seed)
+    many = logits.expand(300, -1)
+    for options, kept in (((k, None), min(k, 12)), ((None, top_p), smallest)):
+        drawn = mega.draw(many, 1.0, *options, generator)
+        assert set(drawn.tolist()) <= set(order[:kept].tolist())
+    assert set(mega.draw(many, 1e-4, None, None, generator).tolist()) == {order[0].item()}
+
+
+def test_a_chunked_model_generates_with_a_cache_that_does_not_grow():
+    model, ids = shared_lm(use_chunking=True, chunk_size=8).float(), token_ids(0, 1, 3)
+    cache, most = None, 0
+    with torch.no_grad():
+        for _ in range(300):
+            out = model(ids[:, -1:], cache=cache, use_cache=True)
+            ids, cache = out.logits[:, -1:].argmax(-1), out.cache
+            held = sum(t.untyped_storage().nbytes() for layer in cache.layers for t in layer)
+            most = max(most, held)
+    model.double()
+    assert most == 2 * 4 * (8 * 3 + 7 * (6 + 12)) and cache.length == 300
+
+
+# -------------------------------------------------------------------------------------- 8 files
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_saved_model_loads_bit_equal(tmp_path, tied):
+    model = causal_lm(tie_word_embeddings=tied, final_norm=True)
+    model.config.extra["mine"] = 1
+    model.save_pretrained(tmp_path)
+    loaded = MegaForCausalLM.from_pretrained(tmp_path).double()
+    assert not loaded.training and loaded.config.extra["mine"] == 1
+    assert loaded.config.to_dict() | {"architectures": 0} == model.config.to_dict() | {
+        "architectures": 0
+    }
+    for (name, a), b in zip(model.state_dict().items(), loaded.state_dict().values(), strict=True):
+        assert torch.equal(a.float(), b.float()), name
+    assert {p.name for p in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+
+
+def test_a_folder_whose_files_do_not_fit_is_named(tmp_path):
+    causal_lm().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_size": 10}))
+    with pytest.raises(ValueError, match=r"word_embeddings.weight is \(23, 8\).*\(23, 10\)"):
+        MegaForCausalLM.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    with pytest.raises(ValueError, match="mega.layers.2.* is missing"):
+        MegaForCausalLM.from_pretrained(tmp_path)
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
+    model = causal_lm()
+    model.save_pretrained(tmp_path)
+    old = (tmp_path / "model.safetensors").read_bytes()
+    monkeypatch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "disk full")))
+    with pytest.raises(OSError):
+        causal_lm(seed=5).save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == old
+
+
+# ---------------------------------------------------------------- Hugging Face's implementation
+
+
+@given(st.data(), seeds, st.integers(1, 4), attentions, biases, st.booleans(), st.booleans())
+def test_logits_equal_those_of_transformers(data, seed, chunks, attention, bias, causal, chunked):
+    transformers = pytest.importorskip(
+        "transformers", "4.40.2", reason="transformers==4.40.2 is not installed"
+    )
+    if not hasattr(transformers, "MegaForCausalLM"):
+        pytest.skip("this version of transformers has no MEGA any more")
+    transformers.logging.set_verbosity_error()
+    options = {
+        "vocab_size": 23, "hidden_size": 8, "num_hidden_layers": 2, "intermediate_size": 12,
+        "nffn_hidden_size": 10, "ema_projection_size": data.draw(st.integers(1, 4)),
+        "shared_representation_size": 6, "max_positions": 32, "is_decoder": causal,
+        "bidirectional": not causal and data.draw(st.booleans()), "use_chunking": chunked,
+        "chunk_size": 4 if chunked else -1, "attention_activation": attention,
+        "relative_positional_bias": bias, "truncation": data.draw(st.sampled_from([None, 3])),
+        "activation": data.draw(st.sampled_from(sorted(ACTIVATIONS))),
+        # Not rmsnorm: transformers returns its input un-normalised.
+        "normalization_type": data.draw(st.sampled_from(["layernorm", "scalenorm", "batchnorm"])),
+        "normalize_before_mega": data.draw(st.booleans()),
+        "normalize_before_ffn": data.draw(st.booleans()),
+        "use_normalized_ffn": data.draw(st.booleans()),
+        "add_lm_hidden_dense_layer": data.draw(st.booleans()),
+        "tie_word_embeddings": data.draw(st.booleans()),
+    }  # fmt: skip
+    length = 4 * chunks if chunked else data.draw(st.integers(1, 14))
+    ids, mask = token_ids(seed, 2, length), None
+    if not causal and length > 1:
+        mask = torch.ones(2, length, dtype=torch.long)
+        mask[0, -1] = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = transformers.MegaForCausalLM(transformers.MegaConfig(**options)).eval()
+        ours = MegaForCausalLM(MegaConfig(**options)).eval()
+    for i, parameter in enumerate(theirs.parameters()):
+        parameter.data += 0.1 * randn(seed + i, *parameter.shape, dtype=torch.float32)
+    ours.load_state_dict({k: v for k, v in theirs.state_dict().items() if "_float_tensor" not in k})
+    with torch.no_grad():
+        a = theirs(ids, attention_mask=mask, use_cache=False).logits
+        b = ours(ids, mask).logits
+    visible = slice(None) if mask is None else mask.bool()
+    close(b[visible], a[visible], 1e-5)
