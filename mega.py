@@ -6,18 +6,16 @@ and gates the result into its input. The EMA is the only way between chunks.
 
     1 config | 2 moving average | 3 attention | 4 block | 5 model | 6 heads | 7 generation | 8 files
 
-Glossary of shapes (everything is batch-first):
+Shapes, everything batch-first:
 
     B  batch rows                          D  hidden_size
     L  positions in this call              V  intermediate_size, width of the values
     C  chunk_size                          Z  shared_representation_size, width of queries and keys
     K  chunks or blocks in a row           N  ema_projection_size, EMA dimensions of a channel
     R  cached positions of an open chunk   E  EMA channels: D, or 2D when bidirectional
-    P  max_positions                       F  nffn_hidden_size (as a module: torch's functions)
 
 Parameters have Hugging Face's names, so that checkpoints fit. Two are swapped against the paper:
-`damping_factor` holds the paper's alpha (the weight of the incoming value), `decay_factor` its
-delta (how much of what was kept is given up). The code calls their sigmoids p and `decay`.
+`damping_factor` holds its alpha (the weight p of the incoming value), `decay_factor` its delta.
 """
 
 import functools
@@ -106,27 +104,18 @@ class MegaConfig:
                 rule, valid = f"a positive integer{when}", free or (kind is int and value > 0)
             if not valid and not (value is None and "None" in str(f.type)):
                 raise ValueError(f"{f.name} must be {rule}, got {value!r}")
-        Z, last = self.shared_representation_size, self.normalize_before_ffn
-        if self.pad_token_id is not None and self.pad_token_id >= self.vocab_size:
-            raise ValueError(
-                f"pad_token_id {self.pad_token_id} needs a vocab_size above it, or None"
-            )
+        Z, V = self.shared_representation_size, self.vocab_size
+        if self.pad_token_id is not None and self.pad_token_id >= V:
+            raise ValueError(f"pad_token_id {self.pad_token_id} must be below vocab_size {V}")
         if self.relative_positional_bias == "rotary" and Z % 2:
-            raise ValueError(
-                f"shared_representation_size must be even for the rotary bias, got {Z}"
-            )
+            raise ValueError(f"shared_representation_size must be even for rotary, got {Z}")
         if self.is_decoder and self.bidirectional:
-            raise ValueError(
-                "is_decoder=True needs bidirectional=False: the EMA may not look ahead"
-            )
+            raise ValueError("is_decoder=True needs bidirectional=False: the future is not known")
         if self.add_cross_attention or self.add_token_type_embeddings:
             raise ValueError("add_cross_attention and add_token_type_embeddings must be False here")
-        if self.final_norm and not (
-            last if self.use_normalized_ffn else self.normalize_before_mega
-        ):
-            raise ValueError(
-                "final_norm=True needs pre-norm layers; set normalize_before_* to True"
-            )
+        ffn, pre_norm = self.use_normalized_ffn, self.normalize_before_mega
+        if self.final_norm and not (self.normalize_before_ffn if ffn else pre_norm):
+            raise ValueError("final_norm=True needs normalize_before_mega and _ffn to be True")
         if self.use_chunking:
             self.check_length("chunk_size", self.chunk_size)
 
@@ -149,9 +138,9 @@ class MegaConfig:
     @classmethod
     def from_dict(cls, values: dict) -> "MegaConfig":
         """From the content of a config.json; unknown keys are kept in `extra`."""
-        known = {f.name for f in fields(cls)} - {"extra"}
+        known = {f.name for f in fields(cls)} & values.keys()
         extra = {k: v for k, v in values.items() if k not in known}
-        return cls(**{k: v for k, v in values.items() if k in known}, extra=extra)
+        return cls(**{k: values[k] for k in known}, extra=extra)
 
     def to_dict(self) -> dict:
         """The content of a config.json, unknown keys included."""
@@ -501,11 +490,11 @@ class ScaleNorm(nn.Module):
 
     def __init__(self, size: int, eps: float, affine: bool):
         super().__init__()
-        self.size, self.eps = size, eps
+        self.normalize = functools.partial(F.rms_norm, normalized_shape=(size,), eps=eps)
         self.scalar = nn.Parameter(torch.ones(1)) if affine else 1
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (self.size,), eps=self.eps) * self.scalar
+        return self.normalize(x) * self.scalar
 
 
 NORMS = {  # over the features of each position, or (batchnorm) each feature over all positions
@@ -681,32 +670,14 @@ class MegaOutput:
     cache: MegaCache | None = None
 
 
-class MegaEmbeddings(nn.Module):
-    """Word embeddings: integers (B, L) -> (B, L, D)."""
-
-    def __init__(self, config: MegaConfig):
-        super().__init__()
-        self.config, size = config, (config.vocab_size, config.hidden_size)
-        self.word_embeddings = nn.Embedding(*size, padding_idx=config.pad_token_id)
-        self.word_embeddings.weight.data.normal_(std=config.initializer_range)
-        if config.pad_token_id is not None:
-            self.word_embeddings.weight.data[config.pad_token_id] = 0
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        check_ids("input_ids", input_ids, self.config.vocab_size)
-        x = self.word_embeddings(input_ids)
-        return x * math.sqrt(x.shape[-1]) if self.config.scale_embedding else x
-
-
-def check_ids(name: str, ids: Tensor, limit: int):
+def check_ids(ids: Tensor, limit: int):
     """ValueError unless `ids` is a non-empty (B, L) of integers from 0 to limit - 1."""
     if ids.dim() != 2 or ids.numel() == 0 or ids.dtype not in (torch.int64, torch.int32):
         found = f"{ids.dtype} {tuple(ids.shape)}"
-        raise ValueError(f"{name} must be a non-empty integer tensor (B, L), got {found}")
-    if ids.device.type == "cpu":  # elsewhere, looking would wait for the device
-        for extreme in (ids.min().item(), ids.max().item()):
-            if not 0 <= extreme < limit:
-                raise ValueError(f"{name} must be from 0 to {limit - 1}, got {extreme}")
+        raise ValueError(f"input_ids must be a non-empty integer tensor (B, L), got {found}")
+    for extreme in (ids.min(), ids.max()) if ids.device.type == "cpu" else ():  # else it would wait
+        if not 0 <= extreme < limit:
+            raise ValueError(f"input_ids must be from 0 to {limit - 1}, got {extreme}")
 
 
 class MegaModel(nn.Module):
@@ -715,7 +686,10 @@ class MegaModel(nn.Module):
     def __init__(self, config: MegaConfig):
         super().__init__()
         self.config = config
-        self.embedding_layer = MegaEmbeddings(config)
+        words = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        words.weight.data.normal_(std=config.initializer_range)
+        words.weight.data[[] if config.pad_token_id is None else config.pad_token_id] = 0
+        self.embedding_layer = nn.ModuleDict({"word_embeddings": words})
         self.layers = nn.ModuleList(MegaBlock(config) for _ in range(config.num_hidden_layers))
         self.final_norm = SequenceNorm(config, False) if config.final_norm else nn.Identity()
 
@@ -732,7 +706,9 @@ class MegaModel(nn.Module):
         if (use_cache or cache) and not config.can_cache:
             settings = f"is_decoder={config.is_decoder} and truncation={config.truncation}"
             raise ValueError(f"a cache needs is_decoder=True and truncation=None, got {settings}")
-        x = self.embedding_layer(input_ids)
+        check_ids(input_ids, config.vocab_size)
+        x = self.embedding_layer["word_embeddings"](input_ids)
+        x = x * math.sqrt(x.shape[-1]) if config.scale_embedding else x
         mask, layers = key_mask(x, attention_mask, cache), []
         for layer, past in zip(self.layers, cache.layers if cache else [None] * len(self.layers)):
             x, new = layer(x, mask, past)
@@ -779,7 +755,7 @@ class MegaForCausalLM(nn.Module):
         self.dense = linear(config, D, D) if config.add_lm_hidden_dense_layer else None
         self.lm_head = linear(config, D, config.vocab_size)
         if config.tie_word_embeddings:
-            self.lm_head.weight = self.mega.embedding_layer.word_embeddings.weight
+            self.lm_head.weight = self.mega.embedding_layer["word_embeddings"].weight
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., vocab_size)."""
@@ -851,7 +827,7 @@ class MegaForCausalLM(nn.Module):
     # A folder in Hugging Face's layout: config.json and model.safetensors.
 
     def save_pretrained(self, folder: str):
-        """Write the folder, each file under another name first: what stood there stays whole."""
+        """Write the folder, each file under another name first: an old one stays until the end."""
         from safetensors.torch import save
 
         weights = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
@@ -862,7 +838,10 @@ class MegaForCausalLM(nn.Module):
         files["model.safetensors"] = save(weights, metadata={"format": "pt"})
         os.makedirs(folder, exist_ok=True)
         for name, content in files.items():
-            write_whole(os.path.join(folder, name), content)
+            path = os.path.join(folder, name)
+            with open(path + ".part", "wb") as file:
+                file.write(content)
+            os.replace(path + ".part", path)
 
     @classmethod
     def from_pretrained(cls, folder: str) -> "MegaForCausalLM":
@@ -882,15 +861,6 @@ class MegaForCausalLM(nn.Module):
                 raise ValueError(f"{folder}: tensor {name} is {found}, but {asked}")
         model.load_state_dict({name: weights[name] for name in own})
         return model.eval()
-
-
-def write_whole(path: str, content: bytes):
-    """Replace a file in one step, so that a crash leaves the old one or the new."""
-    with open(path + ".part", "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path + ".part", path)
 
 
 def check_left_padding(visible: Tensor, chunk: int | None):

@@ -9,13 +9,23 @@ in fp32 a tolerance is stated. The order is that of mega.py's rooms.
 
 import copy
 import functools
+import http.server
 import itertools
 import json
 import math
 import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
 import warnings
+import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -23,6 +33,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import mega
+import sample
+import train
+from data import prepare
 from mega import (
     ACTIVATIONS,
     ATTENTION_WEIGHTS,
@@ -1041,6 +1054,588 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError):
         causal_lm(seed=5).save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors").read_bytes() == old
+
+
+# ------------------------------------------------------------------------------ data/prepare.py
+
+
+def words(seed: int, count: int) -> str:
+    """Lines of English-like text."""
+    generator = np.random.default_rng(seed)
+    known = [
+        "the",
+        "a",
+        "model",
+        "moving",
+        "average",
+        "of",
+        "gated",
+        "attention",
+        "and",
+        "chunk",
+        "decays",
+        "slowly",
+        "é",
+        "猫",
+        "42",
+        ",",
+    ]
+    lines = [" ".join(generator.choice(known, 9)) + ".\n" for _ in range(count)]
+    return "".join(lines)
+
+
+def wiki(seed: int) -> str:
+    return "".join(f" = Title {i} = \n \n = = Part = = \n{words(seed + i, 12)}" for i in range(3))
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    """A data folder of the test's own."""
+    monkeypatch.setattr(prepare, "DATA", tmp_path / "data")
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """A small WikiText in the layout of its zip."""
+    folder = tmp_path / "wiki"
+    folder.mkdir()
+    for seed, split in enumerate(("train", "valid", "test")):
+        (folder / f"wiki.{split}.raw").write_text(wiki(10 * seed), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    return prepare.new_tokenizer("bpe", 300, [words(0, 200)])
+
+
+@given(text=st.text())
+def test_any_string_comes_back_from_its_tokens(bpe, text):
+    for codec in (bpe, prepare.new_tokenizer("bytes", 0, [])):
+        ids = codec.encode(text)
+        assert codec.decode(ids) == text and all(0 <= i < codec.size for i in ids)
+
+
+def test_a_saved_tokenizer_is_the_same(bpe, tmp_path):
+    assert bpe.size == 300 and bpe.end_of_text == 299
+    assert len(bpe.encode(words(1, 50))) < len(words(1, 50).encode()) / 2
+    prepare.save_tokenizer(bpe, tmp_path)
+    assert prepare.load_tokenizer(tmp_path) == bpe
+    first = (tmp_path / "tokenizer.tiktoken").read_bytes().splitlines()[0]
+    assert first == b"AA== 0"  # tiktoken's format: the token in base64, its rank
+    (tmp_path / "tokenizer.tiktoken").write_bytes(b"what is this")
+    with pytest.raises(prepare.UserError, match="damaged"):
+        prepare.load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("names", [
+    ("wiki.train.tokens", "wiki.valid.tokens", "wiki.test.tokens"),
+    ("wikitext-2-raw/wiki.train.raw", "wikitext-2-raw/wiki.valid.raw", "wikitext-2-raw/wiki.test.raw"),
+    ("train.txt", "val.txt", "test.txt"), ("a/train.txt", "a/validation.txt", "a/test.txt"),
+])  # fmt: skip
+@pytest.mark.parametrize("zipped", [True, False])
+def test_the_usual_layouts_are_understood(names, zipped, data, tmp_path):
+    texts = [wiki(0), wiki(5), wiki(9)]
+    source = tmp_path / ("source.zip" if zipped else "source")
+    if zipped:
+        with zipfile.ZipFile(source, "w") as archive:
+            for name, text in zip(names, texts, strict=True):
+                archive.writestr(name, text)
+    else:
+        for name, text in zip(names, texts, strict=True):
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_text(text, encoding="utf-8")
+    folder = prepare.prepare("wikitext-2", str(source), vocab_size=300)
+    meta, codec = prepare.read_meta(folder), prepare.load_tokenizer(folder)
+    for split, text in zip(("train", "val", "test"), texts, strict=True):
+        counts = meta["splits"][split]
+        ids = np.fromfile(folder / f"{split}.bin", meta["dtype"])
+        assert counts["documents"] == 3 and (ids == codec.end_of_text).sum() == 3
+        assert codec.decode([i for i in ids if i != codec.end_of_text]) == text
+        assert counts["tokens"] == len(ids) and counts["bytes"] == len(text.encode())
+        assert counts["words"] == len(text.split()) + text.count("\n")
+    stamp = (folder / "train.bin").stat().st_mtime_ns
+    assert prepare.prepare("wikitext-2", str(source), vocab_size=300) == folder
+    assert (folder / "train.bin").stat().st_mtime_ns == stamp  # what is there is not made again
+    assert not list(data.rglob("*.part"))
+
+
+def test_a_changed_text_or_setting_is_prepared_anew(data, tmp_path):
+    source = tmp_path / "mine.txt"
+    source.write_text(words(0, 100), encoding="utf-8")
+    folder = prepare.prepare(str(source), tokenizer="bytes")
+    meta = prepare.read_meta(folder)
+    assert (
+        folder.name == "mine" and meta["dtype"] == "uint8" and meta["tokens_in_vocabulary"] == 256
+    )
+    assert sum(counts["bytes"] for counts in meta["splits"].values()) == len(words(0, 100).encode())
+    source.write_text(words(3, 100), encoding="utf-8")
+    prepare.prepare(str(source), tokenizer="bytes")
+    assert prepare.read_meta(folder) != meta
+    prepare.prepare(str(source), vocab_size=300)
+    assert prepare.read_meta(folder)["dtype"] == "uint16"
+
+
+def test_pydocs_is_english_split_by_document():
+    splits = prepare.pydocs()
+    assert splits == prepare.pydocs()
+    text = "".join(splits["train"])
+    assert len(text) > 1_000_000 and "The" in text and "assert" in text
+    assert not set(splits["train"]) & set(splits["val"] + splits["test"])
+    assert 0.02 < sum(map(len, splits["val"])) / len(text) < 0.1
+
+
+def test_docstrings_are_found_without_running_the_code():
+    source = b"""
+raise SystemExit("never run")
+class A:
+    'About A.'
+    def method(self):
+        'About method.'
+async def function():
+    'About function.'
+"""
+    expected = "A\nAbout A.\n\nmethod\nAbout method.\n\nfunction\nAbout function."
+    assert prepare.docstrings(source) == expected
+    assert prepare.docstrings(b"def broken(") == ""
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    (b"", "train split of .* is empty"), (b"  \n ", "is empty"),
+    (b"good \xff bad", "not UTF-8: byte 0xff at offset 5"),
+])  # fmt: skip
+def test_a_bad_text_is_one_sentence(content, message, data, tmp_path):
+    (tmp_path / "t.txt").write_bytes(content)
+    with pytest.raises(prepare.UserError, match=message):
+        prepare.prepare(str(tmp_path / "t.txt"))
+    assert not list(data.rglob("*.*"))
+
+
+def test_splits_can_be_chosen_and_missing_ones_are_named(corpus, data):
+    (corpus / "wiki.train.raw").unlink()
+    with pytest.raises(prepare.UserError, match="no 'train' split, only val, test.*--train_split"):
+        prepare.prepare("wikitext-2", str(corpus))
+    folder = prepare.prepare("wikitext-2", str(corpus), train_split="test", vocab_size=300)
+    splits = prepare.read_meta(folder)["splits"]
+    assert splits["train"] == splits["test"] != splits["val"]
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """A local host of one zip, in several states of health."""
+
+    def __init__(self, content: bytes):
+        self.agents = []
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(handler):
+                self.agents.append(handler.headers["User-Agent"])
+                handler.send_response(404 if "missing" in handler.path else 200)
+                handler.send_header("Content-Length", str(len(content)))
+                handler.end_headers()
+                short = len(content) // 2 if "half" in handler.path else len(content)
+                handler.wfile.write(content[:short])
+
+            def log_message(handler, *_):
+                pass
+
+        super().__init__(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def url(self, name: str) -> str:
+        return f"http://127.0.0.1:{self.server_port}/{name}"
+
+
+@pytest.fixture
+def server(corpus, tmp_path):
+    archive = shutil.make_archive(str(tmp_path / "served"), "zip", corpus)
+    with Server(Path(archive).read_bytes()) as server:
+        yield server
+        server.shutdown()
+
+
+def test_a_zip_is_downloaded_and_nothing_half_written_stays(server, data, monkeypatch):
+    for name, message in (("half.zip", "broke off after|could not be"), ("missing.zip", "404")):
+        with pytest.raises(prepare.DownloadError, match=message):
+            prepare.prepare("wikitext-2", server.url(name))
+        assert not [p for p in data.rglob("*") if p.is_file()]
+    folder = prepare.prepare("wikitext-2", server.url("good.zip"), vocab_size=300)
+    assert prepare.read_meta(folder)["splits"]["train"]["documents"] == 3
+    assert not list(data.rglob("*.zip")) and not any("urllib" in a for a in server.agents)
+
+
+def test_the_known_zip_is_checked_and_the_second_address_is_tried(server, data, monkeypatch):
+    urls = [server.url("missing.zip"), server.url("half.zip"), server.url("good.zip")]
+    known = {"urls": urls, "lines": {"train": 45, "val": 45, "test": 45}}
+    monkeypatch.setitem(prepare.WIKITEXT, "wikitext-2", known | {"sha256": "0" * 64})
+    with pytest.raises(prepare.DownloadError, match="sha256"):
+        prepare.prepare("wikitext-2")
+    monkeypatch.setitem(prepare.WIKITEXT, "wikitext-2", known | {"lines": {"train": 1}})
+    with pytest.raises(prepare.UserError, match="45 lines instead of 1"):
+        prepare.prepare("wikitext-2")
+    monkeypatch.setitem(prepare.WIKITEXT, "wikitext-2", known)
+    asked = len(server.agents)
+    folder = prepare.prepare("wikitext-2", vocab_size=300)
+    assert len(server.agents) == asked  # the zip that was downloaded before is used
+    assert prepare.read_meta(folder)["splits"]["val"]["documents"] == 3
+
+
+# ------------------------------------------------------------------------ train.py and sample.py
+
+TINY = [
+    "--num_layers=1",
+    "--hidden_size=16",
+    "--intermediate_size=16",
+    "--nffn_hidden_size=16",
+    "--shared_size=8",
+    "--ema_size=2",
+    "--chunk_size=8",
+    "--block_size=20",
+    "--batch_size=2",
+    "--vocab_size=300",
+    "--max_iters=6",
+    "--max_minutes=0",
+    "--eval_interval=3",
+    "--sample_tokens=5",
+    "--dropout=0.2",
+    "--threads=1",
+]
+
+
+def call(main, *arguments):
+    """What `python script.py arguments` does, here: main's exit code, 0 if it returns."""
+    old, sys.argv = sys.argv, ["script.py", *map(str, arguments)]
+    try:
+        prepare.run(main)
+        return 0
+    except SystemExit as end:
+        return end.code
+    finally:
+        sys.argv = old
+
+
+@pytest.fixture
+def trained(corpus, data, tmp_path):
+    """A tiny checkpoint in tmp_path/out."""
+    arguments = [*TINY, f"--source={corpus}", f"--out_dir={tmp_path / 'out'}"]
+    assert call(train.main, *arguments) == 0
+    return tmp_path / "out", arguments
+
+
+def test_training_writes_checkpoints_log_and_last_line(trained, capsys):
+    out, arguments = trained
+    rows = (out / "log.csv").read_text().splitlines()
+    assert rows[0] == (
+        "step,tokens,seconds,train_loss,val_loss,bits_per_byte,word_perplexity,"
+        "tokens_per_second,learning_rate"
+    )
+    assert [row.split(",")[:2] for row in rows[1:]] == [["3", "120"], ["6", "240"]]
+    names = {"config.json", "model.safetensors", "tokenizer.tiktoken", "tokenizer_meta.json"}
+    assert {p.name for p in out.iterdir()} == names | {"last", "log.csv"}
+    assert {p.name for p in (out / "last").iterdir()} == names | {"training.pt"}
+    best = min(float(row.split(",")[4]) for row in rows[1:])
+    capsys.readouterr()
+    assert call(train.main, *arguments, "--eval_only") == 0
+    last_line = capsys.readouterr().out.splitlines()[-1]
+    pattern = r"val: loss (\d+\.\d+) bits_per_byte \d+\.\d+ word_perplexity \d+\.\d+"
+    assert float(re.fullmatch(pattern, last_line)[1]) == pytest.approx(best, abs=1e-4)
+
+
+def test_evaluation_is_over_the_whole_split_and_in_the_stated_units(trained):
+    out, arguments = trained
+    run = train.Training(train.read_settings([*arguments, "--eval_only", "--dtype=float32"]))
+    ids = torch.from_numpy(run.corpus.tokens["val"].astype(np.int64))
+    nats, model = 0.0, run.model.eval()
+    for start in range(0, len(ids) - 1, 20):
+        window = ids[start : start + 21][None]
+        logp = model(window[:, :-1]).logits.log_softmax(-1)
+        nats -= logp.gather(-1, window[:, 1:, None]).sum().item()
+    text = "".join(prepare.wikitext("wikitext-2", str(out.parent / "wiki"))["val"])
+    found = run.evaluate()
+    assert found["loss"] == pytest.approx(nats / (len(ids) - 1), rel=1e-4)
+    assert found["bits_per_byte"] == pytest.approx(
+        nats / math.log(2) / len(text.encode()), rel=1e-4
+    )
+    per_word = nats / (len(text.split()) + text.count("\n"))
+    assert found["word_perplexity"] == pytest.approx(math.exp(per_word), rel=1e-3)
+    assert run.evaluate() == found
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_resumed_run_equals_one_that_never_stopped(corpus, data, tmp_path, dtype):
+    def training(out, *more):
+        arguments = [*TINY, f"--source={corpus}", f"--out_dir={tmp_path / out}", f"--dtype={dtype}"]
+        return train.Training(train.read_settings([*arguments, *more]))
+
+    whole = training("whole")
+    losses = [whole.train_step(whole.model) for _ in range(6)]
+    first = training("parts")
+    assert [first.train_step(first.model) for _ in range(3)] == losses[:3]
+    first.evaluate()
+    first.print_sample()
+    first.save_last()
+    torch.manual_seed(99)
+    second = training("parts", "--resume")
+    assert second.step == 3
+    assert [second.train_step(second.model) for _ in range(3)] == losses[3:]
+    pairs = zip(whole.model.parameters(), second.model.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_a_resume_finds_what_a_crash_between_two_renames_left(trained):
+    out, arguments = trained
+    for name in ("last.new", "last.old"):
+        (out / "last").rename(out / name)
+        assert train.Training(train.read_settings([*arguments, "--resume"])).step == 6
+        (out / name).rename(out / "last")
+
+
+def test_gradient_accumulation_equals_one_large_batch(corpus, data, tmp_path, monkeypatch):
+    def stepped(rows, times):
+        flags = [f"--source={corpus}", f"--out_dir={tmp_path}", "--dropout=0", "--dtype=float32"]
+        flags += [f"--batch_size={rows}", f"--gradient_accumulation_steps={times}"]
+        run = train.Training(train.read_settings([*TINY, *flags]))
+        run.train_step(run.model)
+        return [p.detach() for p in run.model.parameters()]
+
+    windows = torch.arange(0, 84).view(4, 21)
+    calls = iter([windows[:2], windows[2:], windows])
+
+    def batch(*_):
+        rows = next(calls)
+        return rows[:, :-1], rows[:, 1:]
+
+    monkeypatch.setattr(train.Corpus, "batch", batch)
+    for a, b in zip(stepped(2, 2), stepped(4, 1), strict=True):
+        close(a, b, 1e-4)
+
+
+def test_the_learning_rate_rises_and_falls_linearly():
+    s = train.read_settings(
+        ["--learning_rate=1", "--warmup_fraction=0.1", "--min_lr_fraction=0.05"]
+    )
+    found = [train.learning_rate_at(s, x) for x in (0.05, 0.1, 0.55, 1.0)]
+    assert found == pytest.approx([0.5, 1, 0.5, 0.05])
+
+
+def test_weight_decay_is_for_matrices_of_linear_layers_only(trained):
+    _, arguments = trained
+    run = train.Training(train.read_settings(arguments))
+    names = {id(p): name for name, p in run.model.named_parameters()}
+    decaying, rest = ([names[id(p)] for p in g["params"]] for g in run.optimizer.param_groups)
+    assert [g["weight_decay"] for g in run.optimizer.param_groups] == [0.1, 0.0]
+    assert {name.split(".")[-2] for name in decaying} == {
+        "v_proj",
+        "mx_proj",
+        "h_proj",
+        "fc1",
+        "fc2",
+    }
+    assert len(decaying) + len(rest) == len(names)
+
+
+def test_sampling_continues_the_prompt(trained, capsys, monkeypatch):
+    out, _ = trained
+    capsys.readouterr()
+    prompt = "the model é 猫"
+    flags = ["--prompt", prompt, "--out_dir", out, "--max_new_tokens", "7"]
+    assert call(sample.main, *flags) == 0
+    first = capsys.readouterr().out
+    assert first.startswith(prompt) and len(first) > len(prompt) + 1
+    call(sample.main, *flags)
+    assert capsys.readouterr().out == first
+    call(sample.main, *flags, "--num_samples=2", "--top_k=5", "--top_p=0.9", "--temperature=1.5")
+    assert capsys.readouterr().out.count(prompt) == 2
+    assert call(sample.main, "--prompt", "", "--out_dir", out, "--max_new_tokens=3") == 0
+    model, codec = sample.load_model(out)
+    pieces = []
+    sample.continue_text(model, codec, prompt, pieces.append, max_new_tokens=7, temperature=0)
+    ids = torch.tensor([codec.encode(prompt)])
+    new = model.generate(ids, 7, temperature=0, eos_token_id=codec.end_of_text)[0, ids.shape[1] :]
+    expected = codec.decode([i for i in new.tolist() if i != codec.end_of_text])
+    assert "".join(pieces) == expected
+
+
+BAD_TRAINING = {
+    "--learnin_rate=1": "did you mean --learning_rate",
+    "--zzz 3": "there is no setting --zzz",
+    "stray": "there is no setting stray",
+    "--max_iters=ten": "must be an integer, got 'ten'",
+    "--max_iters=0": "--max_iters must be at least 1, got 0",
+    "--learning_rate=fast": "must be a number, got 'fast'",
+    "--learning_rate=-1": "--learning_rate must be above 0",
+    "--learning_rate=nan": "--learning_rate must be above 0",
+    "--dropout=1": "--dropout must be 0 or more and below 1",
+    "--compile=maybe": "must be True or False, got 'maybe'",
+    "--dtype=fp8": "--dtype must be one of auto, float32, bfloat16, got 'fp8'",
+    "--tokenizer=words": "--tokenizer must be one of bpe, bytes, gpt2",
+    "--device=abacus": "--device=abacus can't be used here",
+    "--attention=sigmoid": "attention_activation must be one of softmax",
+    "--shared_size=5": "shared_representation_size must be even",
+    "--dataset=no_such_file.txt": "no_such_file.txt does not exist",
+    "--train_split=best": "a split is train, val, test, not 'best'",
+    "--block_size=100000": "give more text or a smaller one",
+    "--vocab_size=3": "vocab_size must be from 257",
+    "--resume": "there is nothing to resume",
+    "--eval_only": "there is no checkpoint in",
+    "--max_iters": "expected one argument",
+    "--seed=-1": "--seed must be 0 or more",
+}
+
+
+@pytest.mark.parametrize("flags", BAD_TRAINING)
+def test_a_wrong_training_flag_is_one_sentence_and_exit_code_2(
+    flags, corpus, data, tmp_path, capsys
+):
+    arguments = [f"--source={corpus}"] if "dataset" not in flags else []
+    out = f"--out_dir={tmp_path / 'out'}"
+    assert call(train.main, *TINY, *arguments, out, *flags.split()) == 2
+    error = capsys.readouterr().err
+    assert BAD_TRAINING[flags] in error and error.count("\n") == 1 and "Traceback" not in error
+
+
+BAD_SAMPLING = {
+    "--out_dir nowhere": "there is no checkpoint in nowhere (config.json is missing)",
+    "--temperature=-1": "temperature >= 0",
+    "--temperature=hot": "invalid float value: 'hot'",
+    "--top_k=0": "top_k >= 1",
+    "--top_p=2": "top_p in (0, 1]",
+    "--max_new_tokens=-1": "max_new_tokens >= 0",
+    "--num_samples=0": "num_samples must be at least 1",
+    "--seed=-4": "seed from 0",
+    "--promt=x": "unrecognized arguments: --promt=x",
+}
+
+
+def test_a_wrong_sampling_flag_is_one_sentence_and_exit_code_2(trained, capsys):
+    out, _ = trained
+    capsys.readouterr()
+    for flags, message in BAD_SAMPLING.items():
+        place = [] if "out_dir" in flags else ["--out_dir", out]
+        assert call(sample.main, "--prompt=x", *place, *flags.split()) == 2
+        captured = capsys.readouterr()
+        assert message in captured.err and captured.err.count("\n") == 1, flags
+
+
+@pytest.mark.parametrize(("name", "content", "message"), [
+    ("config.json", b"{", "can't be read"), ("config.json", b"[]", "can't be read"),
+    ("config.json", b'{"hidden_size": 3}', "can't be read"),
+    ("model.safetensors", b"short", "can't be read"), ("model.safetensors", None, "is missing"),
+    ("tokenizer.tiktoken", b"AA== x", "damaged"), ("tokenizer_meta.json", None, "has no tokenizer"),
+])  # fmt: skip
+def test_a_damaged_checkpoint_is_one_sentence(trained, capsys, name, content, message):
+    out, _ = trained
+    capsys.readouterr()
+    (out / name).unlink() if content is None else (out / name).write_bytes(content)
+    assert call(sample.main, "--prompt=x", "--out_dir", out) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_a_resume_with_another_model_or_tokenizer_is_refused(trained, capsys):
+    out, arguments = trained
+    for flags, message in (
+        (["--hidden_size=24"], "hidden_size is 16, not 24"),
+        (["--vocab_size=320"], "another tokenizer"),
+    ):
+        assert call(train.main, *arguments, *flags, "--resume") == 2
+        assert message in capsys.readouterr().err
+    (out / "last" / "training.pt").write_bytes(b"nothing")
+    assert call(train.main, *arguments, "--resume") == 2
+    assert "training.pt can't be read" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(trained, capsys, monkeypatch):
+    out, arguments = trained
+    before = (out / "last" / "model.safetensors").read_bytes()
+    forward = MegaForCausalLM.forward
+
+    def broken(self, *args, **kwargs):
+        found = forward(self, *args, **kwargs)
+        found.loss = found.loss * math.nan
+        return found
+
+    monkeypatch.setattr(MegaForCausalLM, "forward", broken)
+    assert call(train.main, *arguments, "--resume", "--max_iters=9") == 2
+    assert "the loss at step 7 is nan" in capsys.readouterr().err
+    assert (out / "last" / "model.safetensors").read_bytes() == before
+
+
+def test_an_unwritable_out_dir_is_one_sentence(corpus, data, tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    assert call(train.main, *TINY, f"--source={corpus}", f"--out_dir={tmp_path / 'file'}") == 2
+    assert "file" in capsys.readouterr().err
+
+
+def test_help_lists_every_setting_with_its_default(capsys):
+    assert call(train.main, "--help") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for name, default in train.SETTINGS.items():
+        assert f"--{name}" in text and f"(default: {default!r})" in text
+    assert train.read_settings(["--learning_rate", "0.5", "--resume=False"]).learning_rate == 0.5
+    assert train.read_settings(["--resume"]).resume is True
+
+
+def script(folder, name, *arguments, stdin=None, **options):
+    environment = os.environ | {"PYTHONIOENCODING": "utf-8"} | options.pop("env", {})
+    return subprocess.run(
+        [sys.executable, name, *map(str, arguments)],
+        cwd=folder, env=environment, capture_output=True, encoding="utf-8",
+        input=stdin, timeout=120, check=False, **options,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def copied(tmp_path_factory):
+    """A copy of the project, as after a clone."""
+    folder = tmp_path_factory.mktemp("project")
+    (folder / "data").mkdir()
+    for name in ("mega.py", "train.py", "sample.py", "data/prepare.py"):
+        shutil.copy(PROJECT / name, folder / name)
+    return folder
+
+
+def test_the_scripts_work_from_end_to_end(copied, corpus, server):
+    for source in (corpus, server.url("good.zip")):
+        done = script(copied, "train.py", *TINY, f"--source={source}")
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.splitlines()[-1].startswith("val: loss ")
+    done = script(copied, "sample.py", "--max_new_tokens=5", stdin="the model\n")
+    assert done.returncode == 0 and done.stdout.startswith("the model")
+    done = script(copied, "sample.py", "--prompt", "猫", env={"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and done.stdout.startswith("?")
+    done = script(copied, "data/prepare.py", "pydocs", "--tokenizer=bytes")
+    assert done.returncode == 0 and "pydocs is ready" in done.stdout
+    done = script(copied, "train.py", *TINY, f"--source={server.url('half.zip')}")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "half.zip" in done.stderr
+    assert not [p for p in (copied / "data").rglob("*") if p.suffix in (".part", ".zip")]
+
+
+def test_without_network_training_says_so_and_uses_pydocs(data, capsys, monkeypatch, tmp_path):
+    known = {"urls": ["http://127.0.0.1:9/none.zip"], "lines": {}}
+    monkeypatch.setitem(prepare.WIKITEXT, "wikitext-2", known)
+    s = train.read_settings([*TINY, f"--out_dir={tmp_path}"])
+    assert train.find_data(s) == data / "pydocs"
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and "wikitext-2 can't be downloaded" in said
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for another process")
+def test_ctrl_c_saves_and_a_resume_goes_on(copied, corpus):
+    arguments = [*TINY, f"--source={corpus}", "--out_dir=stopped", "--max_iters=100000"]
+    command = [sys.executable, "train.py", *arguments, "--eval_interval=100000"]
+    with subprocess.Popen(command, cwd=copied, stdout=subprocess.PIPE, text=True) as process:
+        assert "parameters" in process.stdout.readline()
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=60)[0]
+    assert process.returncode == 130
+    step = int(
+        re.fullmatch(r"stopped and saved at step (\d+); --resume goes on from here\n", said)[1]
+    )
+    done = script(copied, "train.py", *arguments, "--resume", f"--max_iters={step + 2}")
+    assert done.returncode == 0 and f"step {step + 2}: " in done.stdout
+    assert script(copied, "sample.py", "--out_dir=stopped", "--prompt=the").returncode == 0
 
 
 # ---------------------------------------------------------------- Hugging Face's implementation
