@@ -87,22 +87,20 @@ class MegaConfig:
     def __post_init__(self):
         for f in fields(self):
             value, kind = getattr(self, f.name), type(getattr(self, f.name))
-            if f.name in CONFIG_WORDS:
-                words = CONFIG_WORDS[f.name]()
+            words, optional = CONFIG_WORDS.get(f.name, tuple)(), "None" in str(f.type)
+            if words:
                 rule, valid = f"one of {', '.join(words)}", value in words
             elif f.type is bool:
                 rule, valid = "True or False", kind is bool
-            elif f.name.endswith(("_prob", "_dropout")):
-                rule, valid = "at least 0 and below 1", kind in (int, float) and 0 <= value < 1
-            elif f.name.endswith("_range"):
-                rule, valid = "0 or more, finite", kind in (int, float) and 0 <= value < math.inf
+            elif "float" in str(f.type):
+                top = math.inf if f.name.endswith("_range") else 1
+                rule, valid = f"from 0 to below {top}", kind in (int, float) and 0 <= value < top
             elif f.name.endswith("_id"):
-                rule, valid = "an integer, 0 or more", kind is int and value >= 0
-            else:
-                free = f.name == "extra" or (f.name == "chunk_size" and not self.use_chunking)
+                rule, valid = "an integer from 0 on", kind is int and value >= 0
+            elif f.name != "extra" and (f.name != "chunk_size" or self.use_chunking):
                 when = " with use_chunking=True" if f.name == "chunk_size" else ""
-                rule, valid = f"a positive integer{when}", free or (kind is int and value > 0)
-            if not valid and not (value is None and "None" in str(f.type)):
+                rule, valid = f"a positive integer{when}", kind is int and value > 0
+            if not (valid or (optional and value is None)):
                 raise ValueError(f"{f.name} must be {rule}, got {value!r}")
         Z, V = self.shared_representation_size, self.vocab_size
         if self.pad_token_id is not None and self.pad_token_id >= V:
@@ -123,11 +121,6 @@ class MegaConfig:
     def attention_limit(self) -> int | None:
         """C when chunking, None when attention sees the whole row."""
         return self.chunk_size if self.use_chunking else None
-
-    @property
-    def can_cache(self) -> bool:
-        """Whether a model can go on from a cache: nothing may see the future or be forgotten."""
-        return self.is_decoder and self.truncation is None
 
     def check_length(self, what: str, length: int):
         """ValueError if the simple bias has no number for distances within `length` positions."""
@@ -193,9 +186,10 @@ def in_fp32(ema):
 
 
 def initial_state(x: Tensor, u: Tensor, state: Tensor | None) -> Tensor:
-    if state is not None and state.shape != (len(x), *u.shape):
-        raise ValueError(f"state must be {(len(x), *u.shape)}, got {tuple(state.shape)}")
-    return x.new_zeros(len(x), *u.shape) if state is None else state.to(x.dtype)
+    shape = (len(x), *u.shape)
+    if state is not None and state.shape != shape:
+        raise ValueError(f"state must be {shape}, got {tuple(state.shape)}")
+    return x.new_zeros(shape) if state is None else state.to(x.dtype)
 
 
 def powers(q: Tensor, count: int) -> Tensor:
@@ -245,18 +239,17 @@ def ema_recurrent(x: Tensor, u: Tensor, q: Tensor, g: Tensor, state=None) -> tup
 
 
 @in_fp32
-def ema_blockwise(
-    x: Tensor, u: Tensor, q: Tensor, g: Tensor, state=None, block: int = 32
-) -> tuple[Tensor, Tensor]:
+def ema_blockwise(x: Tensor, u: Tensor, q: Tensor, g: Tensor, state=None, block=None):
     """Convolution inside blocks, recurrence between them: O(L D (block + N)) time, any L.
 
     x (B, L, D), state (B, D, N) or None -> y (B, L, D), the state after the last step.
     The past of a step has two parts: earlier steps of its block, which the kernel's first taps
-    weigh, and all before the block, which the state at its start sums up.
+    weigh, and all before the block, which the state at its start sums up. `block` is the number
+    of steps in one; None takes the fastest measured.
     """
-    if type(block) is not int or block < 1:
-        raise ValueError(f"block must be a positive integer, got {block!r}")
-    block = min(block, x.shape[1])
+    if block is not None and (type(block) is not int or block < 1):
+        raise ValueError(f"block must be a positive integer or None, got {block!r}")
+    block = min(block or (32 if x.shape[1] <= 8192 else 64), x.shape[1])
     q_powers = powers(q, block)
     inside = toeplitz(((g * u).unsqueeze(-1) * q_powers).sum(-2))  # x to y, (D, block, block)
     write = (u.unsqueeze(-1) * q_powers).flip(-1).mT  # x to state after the block, (D, block, N)
@@ -470,16 +463,13 @@ class RotaryBias(nn.Module):
     def forward(self, first: int, stop: int) -> Tensor:
         """For queries first ... stop-1 and keys 0 ... stop-1: (stop - first, stop)."""
         half, device = self.alpha.shape[-1] // 2, self.alpha.device
-        with torch.autocast(device.type, enabled=False):  # places need fp32
-            frequency = torch.exp(torch.arange(half, device=device) * (-math.log(10000) / half))
-            angle = torch.arange(stop, device=device).unsqueeze(1) * frequency  # (stop, Z / 2)
-
-            def turn(vector, angle):
-                a, b = at_least_fp32(vector).chunk(2, -1)
-                sin, cos = angle.sin(), angle.cos()
-                return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
-
-            return turn(self.alpha, angle[first:]) @ turn(self.b_param, angle).mT
+        frequency = torch.exp(torch.arange(half, device=device) * (-math.log(10000) / half))
+        angle = torch.arange(stop, device=device).unsqueeze(1) * frequency  # (stop, Z / 2), fp32
+        sin, cos = angle.sin(), angle.cos()
+        (a, b), (c, d) = (at_least_fp32(p).chunk(2, -1) for p in (self.alpha, self.b_param))
+        queries = torch.cat([a * cos - b * sin, b * cos + a * sin], -1)[first:]
+        with torch.autocast(device.type, enabled=False):
+            return queries @ torch.cat([c * cos - d * sin, d * cos + c * sin], -1).mT
 
 
 POSITION_BIASES = {"simple": SimpleBias, "rotary": RotaryBias}
@@ -688,7 +678,8 @@ class MegaModel(nn.Module):
         self.config = config
         words = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         words.weight.data.normal_(std=config.initializer_range)
-        words.weight.data[[] if config.pad_token_id is None else config.pad_token_id] = 0
+        if config.pad_token_id is not None:
+            words.weight.data[config.pad_token_id] = 0
         self.embedding_layer = nn.ModuleDict({"word_embeddings": words})
         self.layers = nn.ModuleList(MegaBlock(config) for _ in range(config.num_hidden_layers))
         self.final_norm = SequenceNorm(config, False) if config.final_norm else nn.Identity()
@@ -701,9 +692,10 @@ class MegaModel(nn.Module):
         None means config.use_cache for a decoder in eval mode.
         """
         config = self.config
+        can_cache = config.is_decoder and config.truncation is None
         if use_cache is None:
-            use_cache = config.use_cache and config.can_cache and not self.training
-        if (use_cache or cache) and not config.can_cache:
+            use_cache = config.use_cache and can_cache and not self.training
+        if (use_cache or cache) and not can_cache:
             settings = f"is_decoder={config.is_decoder} and truncation={config.truncation}"
             raise ValueError(f"a cache needs is_decoder=True and truncation=None, got {settings}")
         check_ids(input_ids, config.vocab_size)
@@ -797,31 +789,33 @@ class MegaForCausalLM(nn.Module):
             got = f"{max_new_tokens}, {temperature}, {top_k} and {top_p}"
             rules = "max_new_tokens >= 0, temperature >= 0, top_k >= 1 and top_p in (0, 1]"
             raise ValueError(f"generate needs {rules}, got {got}")
-        chunk, pad = self.config.attention_limit, self.config.pad_token_id
+        check_ids(input_ids, self.config.vocab_size)
+        (B, L), chunk, pad = input_ids.shape, self.config.attention_limit, self.config.pad_token_id
         if chunk is None:
-            length = input_ids.shape[1] + max(max_new_tokens - 1, 0)
-            self.config.check_length("prompt and new tokens:", length)
+            self.config.check_length("prompt and new tokens:", L + max(max_new_tokens - 1, 0))
         if attention_mask is not None:
             check_left_padding(attention_mask != 0, chunk)
         generator = None if seed is None else torch.Generator(input_ids.device).manual_seed(seed)
-        done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-        was_training, cache, tokens = self.training, None, [input_ids]
+        done = torch.zeros(B, dtype=torch.bool, device=input_ids.device)
+        ids, start, end, cache = F.pad(input_ids, (0, max_new_tokens)), 0, L, None
+        was_training = self.training
         self.eval()
         try:
-            while len(tokens) <= max_new_tokens and not done.all():
-                mask = attention_mask if cache is None else None
-                out = self.mega(tokens[-1], mask, cache=cache, use_cache=True)
-                cache, logits = out.cache, self.logits(out.last_hidden_state[:, -1])
-                token = draw(at_least_fp32(logits), temperature, top_k, top_p, generator)
+            while end < ids.shape[1] and not done.all():
+                out = self.mega(ids[:, start:end], attention_mask, cache=cache, use_cache=True)
+                cache, attention_mask = out.cache, None
+                logits = at_least_fp32(self.logits(out.last_hidden_state[:, -1]))
+                token = draw(logits, temperature, top_k, top_p, generator)
                 if eos_token_id is not None:
                     token = token.masked_fill(done, eos_token_id if pad is None else pad)
                     done = done | (token == eos_token_id)
-                tokens.append(token.unsqueeze(1))
+                ids[:, end] = token
+                start, end = end, end + 1
                 if stream is not None:
                     stream(token)
         finally:
             self.train(was_training)
-        return torch.cat(tokens, 1)
+        return ids[:, :end]
 
     # -------------------------------------------------------------------------------- 8 files
     # A folder in Hugging Face's layout: config.json and model.safetensors.

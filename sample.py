@@ -20,7 +20,8 @@ def load_model(folder: Path) -> tuple[MegaForCausalLM, Tokenizer]:
     try:
         model = MegaForCausalLM.from_pretrained(folder)
     except FileNotFoundError as error:
-        missing = f"there is no checkpoint in {folder} ({Path(error.filename).name} is missing)"
+        name = Path(error.filename or "model.safetensors").name
+        missing = f"there is no checkpoint in {folder} ({name} is missing)"
         raise UserError(f"{missing}; python train.py makes one, --out_dir names another") from None
     except (OSError, ValueError, TypeError, AttributeError, SafetensorError) as error:
         raise UserError(f"the checkpoint in {folder} can't be read ({short(error)})") from None

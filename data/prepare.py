@@ -21,6 +21,7 @@ import re
 import sys
 import sysconfig
 import time
+import urllib.error
 import urllib.request
 import zipfile
 from dataclasses import dataclass
@@ -144,7 +145,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 def short(error: Exception) -> str:
     """An exception in few words, on one line."""
-    reason = getattr(error, "reason", None) or error
+    reason = error if isinstance(error, urllib.error.HTTPError) else getattr(error, "reason", error)
     return " ".join(f"{type(error).__name__}: {reason}".split())[:160]
 
 
@@ -168,7 +169,9 @@ def download(url: str, path: Path, size: int | None = None, sha256: str | None =
         with urllib.request.urlopen(request, timeout=TIMEOUT) as answer, open(part, "wb") as file:
             length = answer.headers.get("Content-Length")
             expected = int(length) if length else size
-            with tqdm(total=expected, unit="B", unit_scale=True, desc=path.name) as bar:
+            with tqdm(
+                total=expected, unit="B", unit_scale=True, desc=path.name, disable=None
+            ) as bar:
                 while piece := answer.read(1 << 16):
                     file.write(piece)
                     digest.update(piece)
@@ -242,13 +245,16 @@ def wikitext(name: str, source: str | None) -> dict[str, list[str]]:
     texts = split_files(fetch(source, DATA / name) if source else fetch_wikitext(name))
     if not texts:
         raise UserError(f"{source or name} has no file named like wiki.train.raw or test.txt")
-    for split, text in texts.items():
-        lines, expected = text.count("\n"), about["lines"][split]
-        if lines != expected:
-            message = f"{name}'s {split} split has {lines:,} lines instead of {expected:,}"
-            if not source:
-                raise UserError(f"{message}: the download is not the known file")
-            print(f"note: {message}", file=sys.stderr)
+    wrong = {
+        split: text.count("\n")
+        for split, text in texts.items()
+        if text.count("\n") != about["lines"][split]
+    }
+    if wrong:
+        found = ", ".join(f"{s} {n:,} (not {about['lines'][s]:,})" for s, n in wrong.items())
+        if not source:
+            raise UserError(f"{name}'s download has other lines than it should: {found}")
+        print(f"note: {source} has other lines than {name}: {found}")
     return {split: articles(text) for split, text in texts.items()}
 
 
