@@ -549,10 +549,10 @@ class MovingAverageGatedAttention(nn.Module):
         self.rel_pos_bias = POSITION_BIASES[config.relative_positional_bias](config)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, past: tuple | None = None):
-        """x (B, L, D), mask (B, R + L) bool, False at pads -> y (B, L, D), what to remember.
+        """x (B, L, D), mask (B, R + L) bool, False at pads -> y (B, L, D), and the past after x.
 
-        That, and `past`, is (EMA state (B, D, N), keys (B, R, Z), values (B, R, V)): the R < C
-        positions of an open chunk, or without chunking all so far. None if the EMA has no state.
+        The past is the EMA's state (B, D, N), keys (B, R, Z) and values (B, R, V), which start at
+        a chunk's border; after x it has R + L of them. None if the EMA has no state.
         """
         config, (D, V, Z), activation = self.config, self.sizes, ACTIVATIONS[self.config.activation]
         state, old_k, old_v = past or (None, None, None)
@@ -568,10 +568,8 @@ class MovingAverageGatedAttention(nn.Module):
         candidate = activation(hx + self.h_proj(self.attend(q, k, v, mask) * reset))
         candidate = dropout(candidate, config.dropout_prob, self)
         y = x + torch.sigmoid(update) * (candidate - x)
-        R = k.shape[1] % (config.attention_limit or k.shape[1] + 1)
-        # Clones, or R positions would keep the memory of all alive.
-        new = state if state is None else (state, *(t[:, t.shape[1] - R :].clone() for t in (k, v)))
-        return y if config.normalize_before_mega else self.norm(y), new
+        y = y if config.normalize_before_mega else self.norm(y)
+        return y, None if state is None else (state, k, v)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """q (B, L, Z), k (B, R + L, Z), v (B, R + L, V), mask (B, R + L) -> (B, L, V)."""
@@ -643,9 +641,13 @@ class MegaBlock(nn.Module):
 
 @dataclass
 class MegaCache:
-    """A decoder's memory of `length` positions: bounded when chunking, else it grows."""
+    """A decoder's memory of `length` positions.
 
-    layers: list[tuple[Tensor, Tensor, Tensor]]  # see MovingAverageGatedAttention.forward
+    For each layer the EMA's state (B, D, N), and keys (B, R, Z) and values (B, R, V) of the R < C
+    positions of an open chunk; without chunking, of all so far.
+    """
+
+    layers: list[tuple[Tensor, Tensor, Tensor]]
     mask: Tensor | None  # (B, R), False at pads; None: no pads
     length: int
 
@@ -703,13 +705,16 @@ class MegaModel(nn.Module):
         x = x * math.sqrt(x.shape[-1]) if config.scale_embedding else x
         mask, layers = key_mask(x, attention_mask, cache), []
         for layer, past in zip(self.layers, cache.layers if cache else [None] * len(self.layers)):
-            x, new = layer(x, mask, past)
-            layers.append(new)
+            x, past = layer(x, mask, past)
+            layers.append(past)
         out = MegaOutput(last_hidden_state=self.final_norm(x))
         if use_cache:
-            R, length = layers[0][1].shape[1], x.shape[1] + (cache.length if cache else 0)
-            kept = None if mask is None else mask[:, mask.shape[1] - R :].clone()
-            out.cache = MegaCache(layers, kept, length)
+            positions = layers[0][1].shape[1]
+            R = positions % (config.attention_limit or positions + 1)
+            # Clones, or what is kept would keep the memory of all alive.
+            kept = [(h, *(t[:, positions - R :].clone() for t in (k, v))) for h, k, v in layers]
+            mask = None if mask is None else mask[:, positions - R :].clone()
+            out.cache = MegaCache(kept, mask, x.shape[1] + (cache.length if cache else 0))
         return out
 
 
@@ -871,7 +876,7 @@ def draw(logits: Tensor, temperature: float, top_k, top_p, generator) -> Tensor:
     """One token of each row of logits (B, vocab_size): (B,)."""
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits / temperature
+    logits = (logits - logits.max(-1, keepdim=True).values) / temperature  # finite at any of them
     if top_k is not None:
         weakest = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < weakest, -math.inf)

@@ -68,12 +68,12 @@ shared_size = 64  # Z, width of queries and keys
 ema_size = 16  # N, EMA dimensions of a channel
 chunk_size = 128  # C, attention sees this many tokens; 0: the whole context
 attention = "softmax"  # softmax, laplace or relu2
-dropout = 0.1  # of features, values and the feed-forward network
+dropout = 0.1  # of the features of a row, in values, gates and the feed-forward network
 # optimization
 batch_size = 4  # rows of a forward pass
-block_size = 512  # tokens of a row: the context in training and evaluation
+block_size = 256  # tokens of a row: the context in training and evaluation
 gradient_accumulation_steps = 1  # forward passes of a step
-max_iters = 6000  # steps at most
+max_iters = 10000  # steps at most
 max_minutes = 9.0  # minutes at most, evaluations included; 0: no limit, and exact resumes
 learning_rate = 3e-3  # its highest value, after the warm-up
 min_lr_fraction = 0.02  # what is left of it at the end
@@ -83,7 +83,7 @@ beta1 = 0.9  # of AdamW
 beta2 = 0.98  # of AdamW
 grad_clip = 1.0  # the gradient's largest norm; 0: any
 # evaluation
-eval_interval = 250  # steps between evaluations and checkpoints
+eval_interval = 500  # steps between evaluations and checkpoints
 sample_tokens = 100  # length of the sample at each evaluation; 0: none
 # machine
 device = "auto"  # cpu, cuda, cuda:1, mps; auto: cuda if there is one
@@ -266,10 +266,12 @@ def model_config(s, codec: Tokenizer) -> MegaConfig:
             hidden_dropout_prob=s.dropout,
             nffn_activation_dropout_prob=s.dropout,
             attention_probs_dropout_prob=0.0,
+            use_feature_dropout=True,  # as good here, and drawing its masks costs nothing
             normalization_type="layernorm",
             is_decoder=True,
             bidirectional=False,
             final_norm=True,
+            scale_embedding=True,
             add_lm_hidden_dense_layer=False,
             pad_token_id=None,
             bos_token_id=codec.end_of_text,
