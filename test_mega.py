@@ -804,6 +804,18 @@ def test_masks_of_any_dtype_are_one_mask():
     expected = model(ids, mask).logits
     for dtype in (torch.bool, torch.int32, torch.uint8, torch.float32, torch.float16):
         assert torch.equal(model(ids, mask.to(dtype)).logits, expected)
+    assert torch.equal(model(ids, mask * 7).logits, expected)  # 0 is a pad, all else is not
+
+
+@torch.no_grad()
+def test_a_mask_may_come_after_a_part_without_one():
+    model, ids = shared_lm(), token_ids(0, 2, 9)
+    mask = torch.ones(2, 9)
+    mask[0, 5] = 0
+    cache = model(ids[:, :4], use_cache=True).cache
+    out = model(ids[:, 4:7], mask[:, 4:7], cache=cache, use_cache=True)
+    rest = model(ids[:, 7:], cache=out.cache)
+    close(torch.cat([out.logits, rest.logits], 1), model(ids, mask).logits[:, 4:], 1e-6)
 
 
 def test_the_model_refuses_what_it_cannot_use():
