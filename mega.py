@@ -85,11 +85,15 @@ class MegaConfig:
     extra: dict = field(default_factory=dict, repr=False)  # a config.json's unknown keys
 
     def __post_init__(self):
+        words = {"normalization_type": NORMS, "activation": ACTIVATIONS}
+        words |= {"attention_activation": ATTENTION_WEIGHTS, "problem_type": PROBLEM_TYPES}
+        words |= {"relative_positional_bias": POSITION_BIASES}
         for f in fields(self):
             value, kind = getattr(self, f.name), type(getattr(self, f.name))
-            words, optional = CONFIG_WORDS.get(f.name, tuple)(), "None" in str(f.type)
-            if words:
-                rule, valid = f"one of {', '.join(words)}", value in words
+            rule, valid = "", True
+            if f.name in words:
+                rule = f"one of {', '.join(words[f.name])}"
+                valid = kind is str and value in words[f.name]
             elif f.type is bool:
                 rule, valid = "True or False", kind is bool
             elif "float" in str(f.type):
@@ -100,19 +104,20 @@ class MegaConfig:
             elif f.name != "extra" and (f.name != "chunk_size" or self.use_chunking):
                 when = " with use_chunking=True" if f.name == "chunk_size" else ""
                 rule, valid = f"a positive integer{when}", kind is int and value > 0
-            if not (valid or (optional and value is None)):
+            if not (valid or (value is None and "None" in str(f.type))):
                 raise ValueError(f"{f.name} must be {rule}, got {value!r}")
-        Z, V = self.shared_representation_size, self.vocab_size
-        if self.pad_token_id is not None and self.pad_token_id >= V:
-            raise ValueError(f"pad_token_id {self.pad_token_id} must be below vocab_size {V}")
+        Z, vocab_size = self.shared_representation_size, self.vocab_size
+        if self.pad_token_id is not None and self.pad_token_id >= vocab_size:
+            raise ValueError(
+                f"pad_token_id {self.pad_token_id} is not below vocab_size {vocab_size}"
+            )
         if self.relative_positional_bias == "rotary" and Z % 2:
             raise ValueError(f"shared_representation_size must be even for rotary, got {Z}")
         if self.is_decoder and self.bidirectional:
             raise ValueError("is_decoder=True needs bidirectional=False: the future is not known")
         if self.add_cross_attention or self.add_token_type_embeddings:
             raise ValueError("add_cross_attention and add_token_type_embeddings must be False here")
-        ffn, pre_norm = self.use_normalized_ffn, self.normalize_before_mega
-        if self.final_norm and not (self.normalize_before_ffn if ffn else pre_norm):
+        if self.final_norm and not (self.normalize_before_mega and self.normalize_before_ffn):
             raise ValueError("final_norm=True needs normalize_before_mega and _ffn to be True")
         if self.use_chunking:
             self.check_length("chunk_size", self.chunk_size)
@@ -142,23 +147,17 @@ class MegaConfig:
 
 
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
-CONFIG_WORDS = {  # the words of a setting: mostly the keys of a dictionary further down
-    "normalization_type": lambda: NORMS,
-    "activation": lambda: ACTIVATIONS,
-    "attention_activation": lambda: ATTENTION_WEIGHTS,
-    "relative_positional_bias": lambda: POSITION_BIASES,
-    "problem_type": lambda: PROBLEM_TYPES,
-}
 
 # ----------------------------------------------------------------------------- 2 moving average
 # The multi-dimensional damped EMA (section 3.1). Each channel of x is written to N hidden numbers,
-# every one of them decays at its own rate, and their weighted sum is read out (equation 2):
+# every one of them decays at its own rate, and their weighted sum is read out (equation 5):
 #
 #     h_t = q h_{t-1} + u x_t,    y_t = sum_n g h_t
 #     u = p beta,    q = 1 - p decay,    g = gamma / sqrt(N)
 #
-# Unrolled, this is a convolution with the kernel k[l] = sum_n g u q^l (equations 3 and 4). Four
-# functions compute the same y: from the definition, by FFT, step by step, and block by block.
+# with p = alpha, decay = delta and gamma = eta in the paper, which has no 1/sqrt(N); its code has.
+# Unrolled, this is a convolution with the kernel k[l] = sum_n g u q^l (appendix A). Four functions
+# compute the same y: from the definition, by FFT, step by step, and block by block.
 # Shapes: x, y (B, L, D); u, q, g (D, N); state h (B, D, N).
 
 
@@ -174,9 +173,11 @@ def in_fp32(ema):
 
     @functools.wraps(ema)
     def wrapped(x, u, q, g, *args, **kwargs):
-        if not u.shape == q.shape == g.shape == (x.shape[-1], u.shape[-1]):
+        if not (x.dim() == 3 and u.shape == q.shape == g.shape == (x.shape[-1], u.shape[-1])):
             shapes = [tuple(t.shape) for t in (x, u, q, g)]
             raise ValueError("x (B, L, D) needs u, q, g (D, N), got {}, {}, {}, {}".format(*shapes))
+        if x.shape[1] == 0:
+            raise ValueError("the moving average needs at least one step, got L = 0")
         dtype = functools.reduce(torch.promote_types, (x.dtype, u.dtype, torch.float32))
         with torch.autocast(x.device.type, enabled=False):
             y = ema(x.to(dtype), u.to(dtype), q.to(dtype), g.to(dtype), *args, **kwargs)
@@ -198,7 +199,7 @@ def powers(q: Tensor, count: int) -> Tensor:
 
 
 def ema_kernel(u: Tensor, q: Tensor, g: Tensor, length: int, truncation=None) -> Tensor:
-    """k[l] = sum_n g u q^l (equation 4), (D, length); with `truncation`, 0 from that tap on."""
+    """k[l] = sum_n g u q^l (appendix A), (D, length); with `truncation`, 0 from that tap on."""
     taps = min(length, truncation or length)
     return F.pad(((g * u).unsqueeze(-1) * powers(q, taps)).sum(-2), (0, length - taps))
 
@@ -217,7 +218,7 @@ def ema_direct(x: Tensor, u: Tensor, q: Tensor, g: Tensor, truncation=None) -> T
 
 @in_fp32
 def ema_fft(x: Tensor, u: Tensor, q: Tensor, g: Tensor, truncation=None) -> Tensor:
-    """The convolution by FFT: O(L log L D) time, a kernel of length L. x, y (B, L, D)."""
+    """The convolution by FFT (appendix A): O(L (N + log L) D) time. x, y (B, L, D)."""
     length = x.shape[1]
     kernel = ema_kernel(u, q, g, length, truncation)
     # Padded to 2 L, so that the FFT's circular convolution does not wrap around.
@@ -227,7 +228,7 @@ def ema_fft(x: Tensor, u: Tensor, q: Tensor, g: Tensor, truncation=None) -> Tens
 
 @in_fp32
 def ema_recurrent(x: Tensor, u: Tensor, q: Tensor, g: Tensor, state=None) -> tuple[Tensor, Tensor]:
-    """The recurrence, step by step (equation 2): O(L D N) time.
+    """The recurrence, step by step (equation 5): O(L D N) time.
 
     x (B, L, D), state (B, D, N) or None -> y (B, L, D), the state after the last step.
     """
@@ -258,8 +259,8 @@ def ema_blockwise(x: Tensor, u: Tensor, q: Tensor, g: Tensor, state=None, block=
     ys, rest = [], x.shape[1] % block
     for piece in x.split([x.shape[1] - rest, rest], 1) if rest else [x]:
         c = min(block, piece.shape[1])  # a last, short block uses a corner of the same matrices
-        decay = q * q_powers[..., c - 1]
-        y, h = Blocks.apply(piece, inside[:, :c, :c], write[:, -c:], read[..., :c], decay, h)
+        q_block = q * q_powers[..., c - 1]
+        y, h = Blocks.apply(piece, inside[:, :c, :c], write[:, -c:], read[..., :c], q_block, h)
         ys.append(y)
     return torch.cat(ys, 1) if rest else y, h.permute(2, 0, 1)
 
@@ -272,36 +273,36 @@ class Blocks(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, inside, write, read, decay, h):
+    def forward(ctx, x, inside, write, read, q_block, h):
         blocks = to_blocks(x, inside.shape[1])  # (D, B (K + 1), c), an empty one ends each row
         new = (write.mT @ blocks.mT).unflatten(-1, (len(x), -1))  # (D, N, B, K + 1)
-        before = scan(torch.cat([h.unsqueeze(-1), new[..., :-1]], -1), decay)
+        before = scan(torch.cat([h.unsqueeze(-1), new[..., :-1]], -1), q_block)
         y = torch.bmm(blocks, inside).baddbmm_(before.flatten(2).mT, read)
-        ctx.save_for_backward(blocks, inside, write, read, decay, before)
+        ctx.save_for_backward(blocks, inside, write, read, q_block, before)
         return from_blocks(y, len(x)), before[..., -1].clone()  # not a view, which keeps all alive
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy, dh):
-        blocks, inside, write, read, decay, before = ctx.saved_tensors
+        blocks, inside, write, read, q_block, before = ctx.saved_tensors
         with torch.autocast(dy.device.type, enabled=False):
             dblocks = to_blocks(dy, inside.shape[1])
             dbefore = (read @ dblocks.mT).unflatten(-1, (len(dy), -1))
             dbefore[..., -1] = dh
-            dstate = scan(dbefore, decay, reverse=True)
+            dstate = scan(dbefore, q_block, reverse=True)
             dnew = F.pad(dstate[..., 1:], (0, 1))
-            ddecay = (dnew * before).sum((-2, -1))
+            dq_block = (dnew * before).sum((-2, -1))
             dnew, before = dnew.flatten(2), before.flatten(2)
             dx = torch.bmm(dblocks, inside.mT).baddbmm_(dnew.mT, write.mT)
             dmatrices = blocks.mT @ dblocks, blocks.mT @ dnew.mT, before @ dblocks
-        return from_blocks(dx, len(dy)), *dmatrices, ddecay, dstate[..., 0]
+        return from_blocks(dx, len(dy)), *dmatrices, dq_block, dstate[..., 0]
 
 
 def to_blocks(x: Tensor, c: int) -> Tensor:
     """(B, K c, D) -> (D, B (K + 1), c), where the last block of each row is zero."""
     B, L, D = x.shape
-    # Numbers a power of two apart share a line of the cache, which makes this copy and the products
-    # after it up to 3x slower: hence an odd number of channels.
+    # Numbers a power of two apart evict each other from the processor's cache, which makes this copy
+    # and the products after it up to 3x slower: hence an odd number of channels.
     blocks = x.new_empty(B, L // c + 1, D | 1, c)
     blocks[:, :-1, :D], blocks[:, -1] = x.unflatten(1, (-1, c)).mT, 0
     return blocks.flatten(0, 1)[:, :D].transpose(0, 1)
@@ -313,7 +314,7 @@ def from_blocks(y: Tensor, rows: int) -> Tensor:
 
 
 def scan(h: Tensor, decay: Tensor, reverse: bool = False) -> Tensor:
-    """h_k + decay h_{k-1} + decay^2 h_{k-2} + ... for each k of the last axis; or to the right.
+    """h_k + decay h_{k-1} + decay^2 h_{k-2} + ... for each k; with `reverse`, over later k.
 
     h (D, N, B, K), decay (D, N). In log2(K) rounds: each adds what stands `step` places back,
     itself a sum of `step` terms by then.
@@ -333,7 +334,7 @@ EMA_MODES |= {"recurrent": ema_recurrent, "blockwise": ema_blockwise}  # these c
 
 
 class DampedEMA(nn.Module):
-    """The EMA's parameters, and SiLU(EMA(x) + omega x) from them (equation 4, the paper's code).
+    """The EMA's parameters, and SiLU(EMA(x) + omega x) from them (equations 5 and 6, the paper's code).
 
     `mode` names the algorithm, for all calls or for one; None takes the fastest that will do.
     """
@@ -346,8 +347,8 @@ class DampedEMA(nn.Module):
         self.damping_factor = normal(E, N, 1, std=logit_std)  # logit of p, the paper's alpha
         self.decay_factor = normal(E, N, 1, std=logit_std)  # logit of the paper's delta
         self.ema_expansion_matrix = normal(E, N, 1, std=config.ema_beta_range)  # beta
-        self.ema_expansion_matrix.data[:, ::2] += 1  # signs alternate, so that a kernel starts
-        self.ema_expansion_matrix.data[:, 1::2] -= 1  # as a mix of both
+        self.ema_expansion_matrix.data[:, ::2] += 1  # near +1, -1, +1, ...
+        self.ema_expansion_matrix.data[:, 1::2] -= 1
         self.kernel_projection_matrix = normal(E, N, std=config.ema_gamma_omega_range)  # gamma
         self.residual_weight = normal(D, std=config.ema_gamma_omega_range)  # omega
 
@@ -355,12 +356,10 @@ class DampedEMA(nn.Module):
         """u = p beta, q = 1 - p decay, g = gamma / sqrt(N), each (E, N), at least fp32."""
         p = at_least_fp32(self.damping_factor).sigmoid().squeeze(-1)
         decay = at_least_fp32(self.decay_factor).sigmoid().squeeze(-1)
-        g = self.kernel_projection_matrix / math.sqrt(p.shape[-1])
+        g = at_least_fp32(self.kernel_projection_matrix) / math.sqrt(p.shape[-1])
         return p * self.ema_expansion_matrix.squeeze(-1), 1 - p * decay, g
 
-    def forward(
-        self, x: Tensor, mask: Tensor | None = None, state: Tensor | None = None, mode=None
-    ):
+    def forward(self, x: Tensor, mask=None, state=None, mode=None) -> tuple[Tensor, Tensor | None]:
         """x (B, L, D), mask (B, L), False at pads, which enter as 0, state (B, D, N) -> y, state.
 
         The returned state is None in the modes and directions that have none.
@@ -390,7 +389,7 @@ def normal(*shape: int, std: float) -> nn.Parameter:
 
 
 # ---------------------------------------------------------------------------------- 3 attention
-# Single-head attention with a reset gate (sections 3.2 to 3.4): queries and keys from the EMA's
+# Single-head attention with a reset gate (sections 3.2 and 3.4, equations 6 to 15): queries and keys from the EMA's
 # output, values from its input. A row is cut at chunk borders, and every run of whole chunks, or
 # the shorter piece at either end, is attended to by the same lines. Shapes: q (B, K, c, Z),
 # k (B, K, w, Z), bias (c, w), visible (.., c, w) or None for all, weights (B, K, c, w), where the
@@ -409,7 +408,7 @@ def softmax_weights(q: Tensor, k: Tensor, bias: Tensor, visible: Tensor | None) 
 def elementwise_weights(q: Tensor, k: Tensor, bias: Tensor, visible: Tensor | None, function):
     """`function` of the scores divided by the number of visible keys."""
     count = k.shape[-2] if visible is None else visible.sum(-1, keepdim=True).clamp(min=1)
-    weights = function(at_least_fp32(q @ k.mT) / count + bias)
+    weights = function(at_least_fp32((q / count) @ k.mT) + bias)
     # laplace(0) is 0.006, not 0: what is masked is multiplied out.
     return weights if visible is None else weights.masked_fill(~visible, 0)
 
@@ -420,7 +419,7 @@ def relu2(x: Tensor) -> Tensor:
 
 
 def laplace(x: Tensor) -> Tensor:
-    """A bounded stand-in for relu2, equal in value and slope at sqrt(1/2) (section 3.4).
+    """A bounded stand-in for relu2 (equation 16), equal in value and slope at x = sqrt(1/2).
 
     mu = sqrt(1/2) and sigma = sqrt(1 / (4 pi)) are rounded as in the paper's code.
     """
@@ -464,13 +463,14 @@ class RotaryBias(nn.Module):
     def forward(self, first: int, stop: int) -> Tensor:
         """For queries first ... stop-1 and keys 0 ... stop-1: (stop - first, stop)."""
         half, device = self.alpha.shape[-1] // 2, self.alpha.device
-        frequency = torch.exp(torch.arange(half, device=device) * (-math.log(10000) / half))
-        angle = torch.arange(stop, device=device).unsqueeze(1) * frequency  # (stop, Z / 2), fp32
+        places, pairs = (torch.arange(n, dtype=torch.float32, device=device) for n in (stop, half))
+        angle = places.unsqueeze(1) * torch.exp(pairs * (-math.log(10000) / half))  # (stop, Z / 2)
         sin, cos = angle.sin(), angle.cos()
-        (a, b), (c, d) = (at_least_fp32(p).chunk(2, -1) for p in (self.alpha, self.b_param))
-        queries = torch.cat([a * cos - b * sin, b * cos + a * sin], -1)[first:]
+        (a1, a2), (b1, b2) = (at_least_fp32(p).chunk(2, -1) for p in (self.alpha, self.b_param))
+        turned_a = torch.cat([a1 * cos - a2 * sin, a2 * cos + a1 * sin], -1)
+        turned_b = torch.cat([b1 * cos - b2 * sin, b2 * cos + b1 * sin], -1)
         with torch.autocast(device.type, enabled=False):
-            return queries @ torch.cat([c * cos - d * sin, d * cos + c * sin], -1).mT
+            return turned_a[first:] @ turned_b.mT
 
 
 POSITION_BIASES = {"simple": SimpleBias, "rotary": RotaryBias}
@@ -481,21 +481,20 @@ class ScaleNorm(nn.Module):
 
     def __init__(self, size: int, eps: float, affine: bool):
         super().__init__()
-        self.normalize = functools.partial(F.rms_norm, normalized_shape=(size,), eps=eps)
-        self.scalar = nn.Parameter(torch.ones(1)) if affine else 1
+        self.eps, self.scalar = eps, nn.Parameter(torch.ones(1)) if affine else 1
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.normalize(x) * self.scalar
+        return F.rms_norm(x, x.shape[-1:], eps=self.eps) * self.scalar
 
 
 NORMS = {  # over the features of each position, or (batchnorm) each feature over all positions
-    "layernorm": lambda size, affine: nn.LayerNorm(size, 1e-5, affine),
-    "scalenorm": lambda size, affine: ScaleNorm(size, 1e-5, affine),
+    "layernorm": nn.LayerNorm,
+    "scalenorm": ScaleNorm,
     # Hugging Face 4.40.2 computes this norm and then returns its input: models trained there with
     # rmsnorm give other numbers here.
-    "rmsnorm": lambda size, affine: nn.RMSNorm(size, 1e-5, affine),
-    "batchnorm": lambda size, affine: nn.BatchNorm1d(size, 1e-5, affine=affine),
-    "syncbatchnorm": lambda size, affine: nn.SyncBatchNorm(size, 1e-5, affine=affine),
+    "rmsnorm": nn.RMSNorm,
+    "batchnorm": lambda size, eps, affine: nn.BatchNorm1d(size, eps, affine=affine),
+    "syncbatchnorm": lambda size, eps, affine: nn.SyncBatchNorm(size, eps, affine=affine),
 }
 
 
@@ -504,7 +503,7 @@ class SequenceNorm(nn.Module):
 
     def __init__(self, config: MegaConfig, affine: bool):
         super().__init__()
-        self.norm = NORMS[config.normalization_type](config.hidden_size, affine)
+        self.norm = NORMS[config.normalization_type](config.hidden_size, 1e-5, affine)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(x.flatten(0, 1)).view_as(x)
@@ -549,11 +548,11 @@ class MovingAverageGatedAttention(nn.Module):
         self.qk_bias = nn.Parameter(torch.zeros(2, Z))
         self.rel_pos_bias = POSITION_BIASES[config.relative_positional_bias](config)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, past: tuple | None = None):
-        """x (B, L, D), mask (B, R + L) bool, False at pads -> y (B, L, D), and the past after x.
+    def forward(self, x: Tensor, mask=None, past: tuple | None = None, use_cache: bool = False):
+        """x (B, L, D), mask (B, R + L) bool, False at pads -> y (B, L, D), the past after x or None.
 
-        The past is the EMA's state (B, D, N), keys (B, R, Z) and values (B, R, V), which start at
-        a chunk's border; after x it has R + L of them. None if the EMA has no state.
+        A past is the EMA's state (B, D, N), and keys (B, R, Z) and values (B, R, V) of the R < C
+        positions of an open chunk; without chunking, of all so far.
         """
         config, (D, V, Z), activation = self.config, self.sizes, ACTIVATIONS[self.config.activation]
         state, old_k, old_v = past or (None, None, None)
@@ -570,14 +569,20 @@ class MovingAverageGatedAttention(nn.Module):
         candidate = dropout(candidate, config.dropout_prob, self)
         y = x + torch.sigmoid(update) * (candidate - x)
         y = y if config.normalize_before_mega else self.norm(y)
-        return y, None if state is None else (state, k, v)
+        if not use_cache:
+            return y, None
+        if state is None:
+            raise ValueError("this EMA mode has no state to cache; unset it, or use_cache=False")
+        start = k.shape[1] - k.shape[1] % config.chunk_size if config.use_chunking else 0
+        # Clones, or R positions would keep the memory of all alive.
+        return y, (state, *(t[:, start:].clone() for t in (k, v)))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """q (B, L, Z), k (B, R + L, Z), v (B, R + L, V), mask (B, R + L) -> (B, L, V)."""
         config, past, end = self.config, k.shape[1] - q.shape[1], k.shape[1]
         chunk = config.attention_limit or end
         # Three pieces at most: the rest of an open chunk, whole chunks, the start of a last one.
-        border = min(-(-past // chunk) * chunk, end)
+        border = min(chunk, end) if past else 0
         last = max(end // chunk * chunk, border)
         outputs = []
         for start, stop in ((past, border), (border, last), (last, end)):
@@ -588,11 +593,11 @@ class MovingAverageGatedAttention(nn.Module):
             queries = q[:, start - past : stop - past].unflatten(1, (-1, width - first))
             keys, values = (t[:, start - first : stop].unflatten(1, (-1, width)) for t in (k, v))
             visible = None
-            if config.is_decoder:
-                visible = q.new_ones(width - first, width, dtype=torch.bool).tril(first)
             if mask is not None:
-                seen = mask[:, start - first : stop].unflatten(1, (-1, width)).unsqueeze(2)
-                visible = seen if visible is None else seen & visible
+                visible = mask[:, start - first : stop].unflatten(1, (-1, width)).unsqueeze(2)
+            if config.is_decoder:
+                causal = q.new_ones(width - first, width, dtype=torch.bool).tril(first)
+                visible = causal if visible is None else visible & causal
             attention = ATTENTION_WEIGHTS[config.attention_activation]
             weights = attention(queries, keys, self.rel_pos_bias(first, width), visible)
             weights = F.dropout(weights, config.attention_probs_dropout_prob, self.training)
@@ -601,7 +606,7 @@ class MovingAverageGatedAttention(nn.Module):
 
 
 # -------------------------------------------------------------------------------------- 4 block
-# A block is the layer above and a feed-forward network, each with its norm and residual.
+# A block is the layer above and a feed-forward network (section 3.3), each with norm and residual.
 
 
 class NormalizedFeedForward(nn.Module):
@@ -624,16 +629,16 @@ class NormalizedFeedForward(nn.Module):
 
 
 class MegaBlock(nn.Module):
-    """One of the model's layers; called as MovingAverageGatedAttention."""
+    """A layer and its feed-forward network; called as MovingAverageGatedAttention."""
 
     def __init__(self, config: MegaConfig):
         super().__init__()
         self.mega_layer = MovingAverageGatedAttention(config)
         self.nffn = NormalizedFeedForward(config) if config.use_normalized_ffn else nn.Identity()
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, past: tuple | None = None):
-        y, new = self.mega_layer(x, mask, past)
-        return self.nffn(y), new
+    def forward(self, x: Tensor, mask=None, past: tuple | None = None, use_cache: bool = False):
+        y, past = self.mega_layer(x, mask, past, use_cache)
+        return self.nffn(y), past
 
 
 # -------------------------------------------------------------------------------------- 5 model
@@ -642,13 +647,9 @@ class MegaBlock(nn.Module):
 
 @dataclass
 class MegaCache:
-    """A decoder's memory of `length` positions.
+    """A decoder's memory of `length` positions; made with gradients on, it keeps their graph."""
 
-    For each layer the EMA's state (B, D, N), and keys (B, R, Z) and values (B, R, V) of the R < C
-    positions of an open chunk; without chunking, of all so far.
-    """
-
-    layers: list[tuple[Tensor, Tensor, Tensor]]
+    layers: list[tuple[Tensor, Tensor, Tensor]]  # the past of MovingAverageGatedAttention.forward
     mask: Tensor | None  # (B, R), False at pads; None: no pads
     length: int
 
@@ -668,7 +669,9 @@ def check_ids(ids: Tensor, limit: int):
     if ids.dim() != 2 or ids.numel() == 0 or ids.dtype not in (torch.int64, torch.int32):
         found = f"{ids.dtype} {tuple(ids.shape)}"
         raise ValueError(f"input_ids must be a non-empty integer tensor (B, L), got {found}")
-    for extreme in (ids.min(), ids.max()) if ids.device.type == "cpu" else ():  # else it would wait
+    for extreme in (
+        (ids.min(), ids.max()) if ids.device.type == "cpu" else ()
+    ):  # looking waits for a GPU
         if not 0 <= extreme < limit:
             raise ValueError(f"input_ids must be from 0 to {limit - 1}, got {extreme}")
 
@@ -698,42 +701,42 @@ class MegaModel(nn.Module):
         can_cache = config.is_decoder and config.truncation is None
         if use_cache is None:
             use_cache = config.use_cache and can_cache and not self.training
-        if (use_cache or cache) and not can_cache:
+        if (use_cache or cache is not None) and not can_cache:
             settings = f"is_decoder={config.is_decoder} and truncation={config.truncation}"
             raise ValueError(f"a cache needs is_decoder=True and truncation=None, got {settings}")
         check_ids(input_ids, config.vocab_size)
         x = self.embedding_layer["word_embeddings"](input_ids)
         x = x * math.sqrt(x.shape[-1]) if config.scale_embedding else x
         mask, layers = key_mask(x, attention_mask, cache), []
-        for layer, past in zip(self.layers, cache.layers if cache else [None] * len(self.layers)):
-            x, past = layer(x, mask, past)
+        pasts = [None] * len(self.layers) if cache is None else cache.layers
+        for layer, past in zip(self.layers, pasts, strict=True):
+            x, past = layer(x, mask, past, use_cache)
             layers.append(past)
         out = MegaOutput(last_hidden_state=self.final_norm(x))
         if use_cache:
-            positions = layers[0][1].shape[1]
-            R = positions % (config.attention_limit or positions + 1)
-            # Clones, or what is kept would keep the memory of all alive.
-            kept = [(h, *(t[:, positions - R :].clone() for t in (k, v))) for h, k, v in layers]
-            mask = None if mask is None else mask[:, positions - R :].clone()
-            out.cache = MegaCache(kept, mask, x.shape[1] + (cache.length if cache else 0))
+            kept = None if mask is None else mask[:, mask.shape[1] - layers[0][1].shape[1] :]
+            length = x.shape[1] + (0 if cache is None else cache.length)
+            out.cache = MegaCache(layers, kept, length)
         return out
 
 
 def key_mask(x: Tensor, mask: Tensor | None, cache: MegaCache | None) -> Tensor | None:
     """The mask (B, R + L) of what is remembered and x (B, L, D), True if visible; None: all is."""
-    B, L, _ = x.shape
-    length, (rows, R, _) = (cache.length, cache.layers[0][1].shape) if cache else (0, (B, 0, 0))
-    if rows != B:
-        raise ValueError(f"the cache has {rows} rows and input_ids {B}; they must be the same")
-    if mask is not None and mask.shape not in ((B, L), (B, length + L)):
-        shapes = " or ".join(dict.fromkeys((f"({B}, {L})", f"({B}, {length + L})")))
-        raise ValueError(f"attention_mask must have the shape {shapes}, got {tuple(mask.shape)}")
-    old = cache.mask if cache else None
+    (B, L, _), old, length, R = x.shape, None, 0, 0
+    if cache is not None:
+        old, length, (rows, R, _) = cache.mask, cache.length, cache.layers[0][1].shape
+        if rows != B:
+            raise ValueError(f"the cache has {rows} rows and input_ids {B}; they must be the same")
     if mask is None and old is None:
         return None
-    old = x.new_ones(B, R, dtype=torch.bool) if old is None else old
-    new = x.new_ones(B, L, dtype=torch.bool) if mask is None else mask[:, -L:] != 0
-    return torch.cat([old, new], 1)
+    if mask is None or mask.shape == (B, L):  # the mask of x alone
+        old = x.new_ones(B, R, dtype=torch.bool) if old is None else old
+        new = x.new_ones(B, L, dtype=torch.bool) if mask is None else mask != 0
+        return torch.cat([old, new], 1)
+    if mask.shape == (B, length + L):  # of all since the start
+        return mask[:, length - R :] != 0
+    shapes = " or ".join(dict.fromkeys((f"({B}, {L})", f"({B}, {length + L})")))
+    raise ValueError(f"attention_mask must have the shape {shapes}, got {tuple(mask.shape)}")
 
 
 # -------------------------------------------------------------------------------------- 6 heads
@@ -759,18 +762,26 @@ class MegaForCausalLM(nn.Module):
         """(..., D) -> (..., vocab_size)."""
         return self.lm_head(hidden if self.dense is None else torch.tanh(self.dense(hidden)))
 
-    def forward(self, input_ids, *args, labels=None, shift_labels=True, **kwargs) -> MegaOutput:
+    def forward(
+        self,
+        input_ids,
+        attention_mask=None,
+        labels=None,
+        cache=None,
+        use_cache=None,
+        shift_labels=True,
+    ) -> MegaOutput:
         """Arguments as MegaModel's; with labels (B, L), -100 ignored, also the mean loss in nats.
 
         labels[t] is the token at t, predicted from those before it; with shift_labels=False it is
-        the token after t, so that L inputs train L predictions.
+        the token after t, so that L inputs train L predictions. Pads count unless labelled -100.
         """
-        out = self.mega(input_ids, *args, **kwargs)
+        out = self.mega(input_ids, attention_mask, cache, use_cache)
         out.logits = self.logits(out.last_hidden_state)
         if labels is not None:
             logits = at_least_fp32(out.logits[:, :-1] if shift_labels else out.logits)
             labels = labels[:, 1:] if shift_labels else labels
-            out.loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+            out.loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten().long())
         return out
 
     # --------------------------------------------------------------------------- 7 generation
@@ -784,14 +795,13 @@ class MegaForCausalLM(nn.Module):
         """Continue input_ids (B, L): returns (B, L + new), new <= max_new_tokens.
 
         Temperature 0 takes the likeliest token; top_k and top_p limit the draw to the likeliest.
-        After its eos_token_id a row is filled with pads, and the call ends when all rows are.
+        After its eos_token_id (None: there is none) a row is filled with pads, or eos where the
+        config has no pad, and the call ends when all rows are.
         Pads in front (attention_mask 0) change nothing for a row. `seed` makes draws repeatable,
         all rows sharing one stream; `stream` is called with each new token (B,).
         """
-        top_k_valid, top_p_valid = top_k is None or top_k >= 1, top_p is None or 0 < top_p <= 1
-        if not (
-            max_new_tokens >= 0 and 0 <= temperature < math.inf and top_k_valid and top_p_valid
-        ):
+        valid = top_k is None or top_k >= 1, top_p is None or 0 < top_p <= 1
+        if not (max_new_tokens >= 0 and 0 <= temperature < math.inf and all(valid)):
             got = f"{max_new_tokens}, {temperature}, {top_k} and {top_p}"
             rules = "max_new_tokens >= 0, temperature >= 0, top_k >= 1 and top_p in (0, 1]"
             raise ValueError(f"generate needs {rules}, got {got}")
@@ -800,11 +810,11 @@ class MegaForCausalLM(nn.Module):
         if chunk is None:
             self.config.check_length("prompt and new tokens:", L + max(max_new_tokens - 1, 0))
         if attention_mask is not None:
-            check_left_padding(attention_mask != 0, chunk)
+            check_left_padding(attention_mask != 0, input_ids, chunk)
         generator = None if seed is None else torch.Generator(input_ids.device).manual_seed(seed)
         done = torch.zeros(B, dtype=torch.bool, device=input_ids.device)
         ids, start, end, cache = F.pad(input_ids, (0, max_new_tokens)), 0, L, None
-        was_training = self.training
+        training = {module: module.training for module in self.modules()}
         self.eval()
         try:
             while end < ids.shape[1] and not done.all():
@@ -820,14 +830,15 @@ class MegaForCausalLM(nn.Module):
                 if stream is not None:
                     stream(token)
         finally:
-            self.train(was_training)
+            for module, was_training in training.items():
+                module.training = was_training
         return ids[:, :end]
 
     # -------------------------------------------------------------------------------- 8 files
     # A folder in Hugging Face's layout: config.json and model.safetensors.
 
     def save_pretrained(self, folder: str):
-        """Write the folder, each file under another name first: an old one stays until the end."""
+        """Write the folder: all files under other names first, so that old ones stay till then."""
         from safetensors.torch import save
 
         weights = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
@@ -838,14 +849,17 @@ class MegaForCausalLM(nn.Module):
         files["model.safetensors"] = save(weights, metadata={"format": "pt"})
         os.makedirs(folder, exist_ok=True)
         for name, content in files.items():
-            path = os.path.join(folder, name)
-            with open(path + ".part", "wb") as file:
+            with open(os.path.join(folder, name + ".part"), "wb") as file:
                 file.write(content)
-            os.replace(path + ".part", path)
+        for name in files:
+            os.replace(os.path.join(folder, name + ".part"), os.path.join(folder, name))
 
     @classmethod
     def from_pretrained(cls, folder: str) -> "MegaForCausalLM":
-        """The model of a folder, in eval mode; OSError or ValueError says what is wrong with it."""
+        """The model of a folder, in eval mode.
+
+        OSError, ValueError or safetensors' SafetensorError say what is wrong with it.
+        """
         from safetensors.torch import load_file
 
         with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
@@ -863,8 +877,11 @@ class MegaForCausalLM(nn.Module):
         return model.eval()
 
 
-def check_left_padding(visible: Tensor, chunk: int | None):
+def check_left_padding(visible: Tensor, ids: Tensor, chunk: int | None):
     """ValueError unless each row (B, L) is pads, then tokens, and cut into chunks as if alone."""
+    if visible.shape != ids.shape:
+        shapes = f"{tuple(ids.shape)}, got {tuple(visible.shape)}"
+        raise ValueError(f"attention_mask must have the shape of input_ids {shapes}")
     pads = (~visible).sum(1)
     if (visible.cumsum(1) > 0).ne(visible).any() or not visible[:, -1].all():
         raise ValueError("generate needs the pads in front of each row's tokens")

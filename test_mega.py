@@ -20,7 +20,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import warnings
 import zipfile
 from pathlib import Path
@@ -59,6 +58,12 @@ settings.register_profile("thorough", max_examples=1000, derandomize=True, **slo
 settings.load_profile("quick")
 
 seeds = st.integers(0, 2**31)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """What a test does not depend on the tests before it."""
+    torch.manual_seed(0)
 
 
 def randn(seed: int, *shape: int, dtype=torch.float64) -> torch.Tensor:
@@ -105,6 +110,7 @@ def randomized(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 
 
 def causal_lm(seed: int = 0, **changes) -> MegaForCausalLM:
+    torch.manual_seed(seed)
     return randomized(MegaForCausalLM(small_config(**changes)), seed)
 
 
@@ -161,7 +167,7 @@ BAD_CONFIGS = [
     {"pad_token_id": 99}, {"pad_token_id": -1}, {"eos_token_id": 1.5}, {"num_labels": 0},
     {"problem_type": "ranking"}, {"bidirectional": None}, {"nffn_hidden_size": None},
     {"final_norm": True, "normalize_before_ffn": False},
-    {"final_norm": True, "normalize_before_mega": False, "use_normalized_ffn": False},
+    {"final_norm": True, "normalize_before_mega": False}, {"activation": ["silu"]},
     {"relative_positional_bias": "simple", "use_chunking": True, "chunk_size": 65},
 ]  # fmt: skip
 
@@ -429,6 +435,8 @@ def test_the_ema_refuses_what_it_cannot_do():
         (lambda: causal(x, state=state[..., :2]), "state must be"),
         (lambda: ema_blockwise(x, *causal.coefficients(), block=0), "block"),
         (lambda: ema_fft(x[..., :5], *causal.coefficients()), "u, q, g"),
+        (lambda: ema_fft(x[0], *causal.coefficients()), "u, q, g"),
+        (lambda: ema_recurrent(x[:, :0], *causal.coefficients()), "at least one step"),
     ):
         with pytest.raises(ValueError, match=word):
             call()
@@ -823,7 +831,11 @@ def test_the_model_refuses_what_it_cannot_use():
     cache = model(ids, use_cache=True).cache
     simple = shared_lm(relative_positional_bias="simple")
     truncated = MegaForCausalLM(small_config(truncation=4)).eval()
+    shorter, fft = copy.copy(cache), causal_lm()
+    shorter.layers = cache.layers[:1]
+    fft.mega.layers[0].mega_layer.ema_gate.mode = "fft"
     encoder = MegaModel(small_config(is_decoder=False)).eval()
+    close(fft(ids, use_cache=False).logits, causal_lm()(ids).logits)
     for call, word in (
         (lambda: model(ids + 20), "from 0 to 22, got"),
         (lambda: model(-ids), "from 0 to 22, got -"),
@@ -836,6 +848,8 @@ def test_the_model_refuses_what_it_cannot_use():
         (lambda: truncated(ids, use_cache=True), "truncation=4"),
         (lambda: encoder(ids, use_cache=True), "is_decoder=False"),
         (lambda: simple(token_ids(0, 1, 65)), "length 65 is above max_positions 64"),
+        (lambda: model(ids, cache=shorter), "shorter"),
+        (lambda: fft(ids, use_cache=True), "no state to cache"),
     ):
         with pytest.raises(ValueError, match=word):
             call()
@@ -941,9 +955,10 @@ def test_generation_streams_and_never_recomputes_the_prefix(monkeypatch):
     forward = model.mega.forward
     monkeypatch.setattr(model.mega, "forward", lambda ids, *a, **k: (
         lengths.append(ids.shape[1]), forward(ids, *a, **k))[1])  # fmt: skip
-    model.train()
+    model.train().mega.layers[0].eval()
     found = model.generate(ids, 5, seed=3, stream=pieces.append)
-    assert model.training
+    assert model.training and not model.mega.layers[0].training
+    model.eval()
     assert lengths == [7, 1, 1, 1, 1]
     assert torch.equal(torch.stack(pieces, 1), found[:, 7:])
     assert torch.equal(found, model.generate(ids, 5, seed=3))
@@ -980,6 +995,8 @@ def test_a_chunked_batch_of_several_lengths_works_by_whole_chunks_or_is_refused(
     assert torch.equal(found[0, 7:], model.generate(row, 6, temperature=0)[0, 3:])
     with pytest.raises(ValueError, match="one row at a time"):
         model.generate(batch[:, 1:], 6, attention_mask=batch[:, 1:] != 1)
+    with pytest.raises(ValueError, match=r"input_ids \(2, 7\), got \(2, 6\)"):
+        model.generate(batch, 2, attention_mask=batch[:, 1:])
     with pytest.raises(ValueError, match="in front"):
         model.generate(batch, 2, attention_mask=batch.flip(1) != 1)
 
