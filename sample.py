@@ -52,10 +52,21 @@ def continue_text(model: MegaForCausalLM, codec: Tokenizer, prompt: str, write, 
     write(decoder.decode(b"", final=True))
 
 
+def choose_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=name).cpu()
+        return torch.device(name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"--device={name} can't be used here ({short(error)})") from None
+
+
 def read_prompt(prompt: str | None) -> str:
     """The flag's text; with "-", or without the flag at the end of a pipe, standard input."""
-    if prompt == "-" or (prompt is None and not sys.stdin.isatty()):
-        return decode(sys.stdin.buffer.read(), "standard input").removesuffix("\n")
+    if sys.stdin is not None and (prompt == "-" or (prompt is None and not sys.stdin.isatty())):
+        text = decode(sys.stdin.buffer.read(), "standard input")
+        return text.removesuffix("\n").removesuffix("\r")
     # What is not UTF-8 on a command line arrives as surrogates, which no tokenizer knows.
     return (prompt or "").encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
@@ -70,14 +81,16 @@ def main():
     parser.add_argument("--top_p", type=float, help="draw from the likeliest that hold this much")
     parser.add_argument("--seed", type=int, default=1337, help="default: 1337")
     parser.add_argument("--num_samples", type=int, default=1, help="default: 1")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: auto)")
     options = vars(parser.parse_args())
-    prompt = read_prompt(options.pop("prompt"))
-    model, codec = load_model(Path(options.pop("out_dir")))
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
     samples, seed = options.pop("num_samples"), options.pop("seed")
-    if samples < 1 or not 0 <= seed < 1 << 63:
-        wrong = f"num_samples {samples}" if samples < 1 else f"seed {seed}"
-        raise UserError(f"num_samples must be at least 1 and seed from 0 to 2^63 - 1, got {wrong}")
+    if samples < 1:
+        raise UserError(f"--num_samples must be at least 1, got {samples}")
+    if not 0 <= seed < 1 << 63:
+        raise UserError(f"--seed must be from 0 to 2^63 - 1, got {seed}")
+    device, prompt = choose_device(options.pop("device")), read_prompt(options.pop("prompt"))
+    model, codec = load_model(Path(options.pop("out_dir")))
+    model.to(device)
 
     def write(text: str):
         print(text, end="", flush=True)

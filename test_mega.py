@@ -1,7 +1,7 @@
 """The laws that mega.py, train.py, sample.py and data/prepare.py must obey.
 
     pytest                                   # all, deterministic, no network
-    pytest --hypothesis-profile=thorough     # 20 times the examples
+    HYPOTHESIS_PROFILE=thorough pytest       # 20 times the examples
 
 Laws are checked by Hypothesis on random shapes and values, in fp64 where equality is meant exactly;
 in fp32 a tolerance is stated. The order is that of mega.py's rooms.
@@ -55,7 +55,7 @@ PROJECT = Path(__file__).resolve().parent
 slow_is_fine = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 settings.register_profile("quick", max_examples=50, derandomize=True, **slow_is_fine)
 settings.register_profile("thorough", max_examples=1000, derandomize=True, **slow_is_fine)
-settings.load_profile("quick")
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 seeds = st.integers(0, 2**31)
 
@@ -1247,7 +1247,7 @@ async def function():
 
 
 @pytest.mark.parametrize(("content", "message"), [
-    (b"", "train split of .* is empty"), (b"  \n ", "is empty"),
+    (b"", "has no .train. split, only none"), (b"  \n ", "has no .train. split"),
     (b"good \xff bad", "not UTF-8: byte 0xff at offset 5"),
 ])  # fmt: skip
 def test_a_bad_text_is_one_sentence(content, message, data, tmp_path):
@@ -1255,6 +1255,28 @@ def test_a_bad_text_is_one_sentence(content, message, data, tmp_path):
     with pytest.raises(prepare.UserError, match=message):
         prepare.prepare(str(tmp_path / "t.txt"))
     assert not list(data.rglob("*.*"))
+
+
+def test_only_clear_names_make_a_split(data, tmp_path):
+    source = tmp_path / "notes.zip"
+    with zipfile.ZipFile(source, "w") as archive:
+        for i in range(50):
+            archive.writestr(f"note{i}.TXT", words(i, 5))
+        archive.writestr("how-to-train.md", "Patience.")  # a note like others
+        archive.writestr("__MACOSX/._note1.txt", b"\xff\xfe")
+        archive.writestr("picture.png", b"\x89PNG\xff")
+    counts = prepare.read_meta(prepare.prepare(str(source), tokenizer="bytes"))["splits"]
+    assert sum(c["documents"] for c in counts.values()) == 51
+    with zipfile.ZipFile(source, "w") as archive:
+        for name in ("train-0.txt", "train-1.txt", "val.txt"):
+            archive.writestr(name, words(0, 5))
+    with pytest.raises(prepare.UserError, match="several files for the train split.*train-1.txt"):
+        prepare.prepare(str(source))
+    (tmp_path / "one.txt").write_text("no line ends here, " * 500)
+    counts = prepare.read_meta(prepare.prepare(str(tmp_path / "one.txt"), tokenizer="bytes"))[
+        "splits"
+    ]
+    assert [c["bytes"] for c in counts.values()] == [8550, 475, 475]
 
 
 def test_splits_can_be_chosen_and_missing_ones_are_named(corpus, data):
@@ -1330,8 +1352,8 @@ def test_the_known_zip_is_checked_and_the_second_address_is_tried(server, data, 
 # ------------------------------------------------------------------------ train.py and sample.py
 
 TINY = [
-    "--num_layers=1",
-    "--hidden_size=16",
+    "--n_layer=1",
+    "--n_embd=16",
     "--intermediate_size=16",
     "--nffn_hidden_size=16",
     "--shared_size=8",
@@ -1457,6 +1479,25 @@ def test_gradient_accumulation_equals_one_large_batch(corpus, data, tmp_path, mo
         close(a, b, 1e-4)
 
 
+def test_a_new_run_keeps_the_earlier_one(trained, capsys):
+    out, arguments = trained
+    weights = (out / "model.safetensors").read_bytes()
+    capsys.readouterr()
+    assert call(train.main, *arguments, "--seed=5") == 0
+    assert f"is now in {out / 'previous'}" in capsys.readouterr().out
+    assert (out / "previous" / "model.safetensors").read_bytes() == weights
+    assert (out / "model.safetensors").read_bytes() != weights
+    assert train.Training(train.read_settings([*arguments, "--resume", "--seed=5"])).step == 6
+    assert call(train.main, *arguments, "--seed=5", "--resume") == 0  # done: evaluates only
+    assert len((out / "log.csv").read_text().splitlines()) == 3
+
+
+def test_a_validation_split_shorter_than_the_context_is_evaluated(corpus, data, tmp_path):
+    (corpus / "wiki.valid.raw").write_text("the model of the average .\n")
+    flags = [f"--source={corpus}", f"--out_dir={tmp_path / 'out'}", "--block_size=200"]
+    assert call(train.main, *TINY, *flags) == 0
+
+
 def test_the_learning_rate_rises_and_falls_linearly():
     s = train.read_settings(
         ["--learning_rate=1", "--warmup_fraction=0.1", "--min_lr_fraction=0.05"]
@@ -1521,12 +1562,14 @@ BAD_TRAINING = {
     "--shared_size=5": "shared_representation_size must be even",
     "--dataset=no_such_file.txt": "no_such_file.txt does not exist",
     "--train_split=best": "a split is train, val, test, not 'best'",
-    "--block_size=100000": "give more text or a smaller one",
+    "--block_size=100000": "give more text or a smaller --block_size",
     "--vocab_size=3": "vocab_size must be from 257",
     "--resume": "there is nothing to resume",
     "--eval_only": "there is no checkpoint in",
     "--max_iters": "expected one argument",
     "--seed=-1": "--seed must be 0 or more",
+    "--out_dir=": "--out_dir must be non-empty, got",
+    "--dataset=": "--dataset must be non-empty, got",
 }
 
 
@@ -1534,9 +1577,10 @@ BAD_TRAINING = {
 def test_a_wrong_training_flag_is_one_sentence_and_exit_code_2(
     flags, corpus, data, tmp_path, capsys
 ):
-    arguments = [f"--source={corpus}"] if "dataset" not in flags else []
+    arguments = [f"--source={corpus}"] if "--dataset=no" not in flags else []
     out = f"--out_dir={tmp_path / 'out'}"
     assert call(train.main, *TINY, *arguments, out, *flags.split()) == 2
+    assert not (tmp_path / "out").exists()
     error = capsys.readouterr().err
     assert BAD_TRAINING[flags] in error and error.count("\n") == 1 and "Traceback" not in error
 
@@ -1548,8 +1592,9 @@ BAD_SAMPLING = {
     "--top_k=0": "top_k >= 1",
     "--top_p=2": "top_p in (0, 1]",
     "--max_new_tokens=-1": "max_new_tokens >= 0",
-    "--num_samples=0": "num_samples must be at least 1",
-    "--seed=-4": "seed from 0",
+    "--num_samples=0": "--num_samples must be at least 1",
+    "--seed=-4": "--seed must be from 0",
+    "--device=abacus": "--device=abacus can't be used here",
     "--promt=x": "unrecognized arguments: --promt=x",
 }
 
@@ -1582,7 +1627,7 @@ def test_a_damaged_checkpoint_is_one_sentence(trained, capsys, name, content, me
 def test_a_resume_with_another_model_or_tokenizer_is_refused(trained, capsys):
     out, arguments = trained
     for flags, message in (
-        (["--hidden_size=24"], "hidden_size is 16, not 24"),
+        (["--n_embd=24", "--beta2=0.5"], "n_embd was 16, not 24; beta2 was 0.98, not 0.5"),
         (["--vocab_size=320"], "another tokenizer"),
     ):
         assert call(train.main, *arguments, *flags, "--resume") == 2
@@ -1602,9 +1647,14 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(trained, capsy
         found.loss = found.loss * math.nan
         return found
 
+    with monkeypatch.context() as patch:  # a finite loss with a gradient that is not
+        clip = torch.nn.utils.clip_grad_norm_
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *a: clip(*a) * math.inf)
+        assert call(train.main, *arguments, "--resume", "--max_iters=9") == 2
+        assert "a gradient of norm inf" in capsys.readouterr().err
     monkeypatch.setattr(MegaForCausalLM, "forward", broken)
     assert call(train.main, *arguments, "--resume", "--max_iters=9") == 2
-    assert "the loss at step 7 is nan" in capsys.readouterr().err
+    assert "step 7 has the loss nan" in capsys.readouterr().err
     assert (out / "last" / "model.safetensors").read_bytes() == before
 
 

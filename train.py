@@ -1,7 +1,7 @@
 """Train a MEGA language model.
 
     python train.py                       # WikiText-2, or offline the text that ships with Python
-    python train.py --dataset=my_text.txt --max_minutes=5 --out_dir=out/mine
+    python train.py --dataset=my_text.txt --max_minutes=5 --out_dir=out-mine
     python train.py --resume              # go on from the last checkpoint in out_dir
 
 Each setting below is a flag, --name=value or --name value. In out_dir: the best checkpoint so far,
@@ -22,8 +22,8 @@ import re
 import shutil
 import signal
 import sys
+import tempfile
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +31,7 @@ import torch
 from tqdm import tqdm
 
 from data.prepare import (
+    TOKENIZER_FILES,
     TOKENIZERS,
     WIKITEXT,
     DownloadError,
@@ -46,7 +47,7 @@ from data.prepare import (
     write_whole,
 )
 from mega import MegaConfig, MegaForCausalLM
-from sample import continue_text, load_model
+from sample import choose_device, continue_text, load_model
 
 # files
 out_dir = "out"  # folder of the checkpoints and the log
@@ -54,27 +55,27 @@ resume = False  # go on from out_dir/last
 eval_only = False  # evaluate out_dir's best checkpoint and stop
 # data
 dataset = "wikitext-2"  # wikitext-2, wikitext-103, pydocs, or the path of a text
-source = ""  # where to read the dataset: a file, folder, zip or URL of a zip
+source = ""  # read WikiText from this folder, zip or URL of a zip instead of downloading it
 train_split = "train"  # the split of the source to train on
 val_split = "val"  # the split to evaluate on
 tokenizer = "bpe"  # bpe (trained on the text), bytes, or gpt2 (a download)
 vocab_size = 4096  # tokens of bpe
 # model
-num_layers = 4  # blocks
-hidden_size = 256  # D
+n_layer = 4  # blocks
+n_embd = 256  # D
 intermediate_size = 512  # V, width of the values
 nffn_hidden_size = 512  # F, width of the feed-forward network
 shared_size = 64  # Z, width of queries and keys
 ema_size = 16  # N, EMA dimensions of a channel
 chunk_size = 128  # C, attention sees this many tokens; 0: the whole context
 attention = "softmax"  # softmax, laplace or relu2
-dropout = 0.1  # of the features of a row, in values, gates and the feed-forward network
+dropout = 0.1  # part of a row's features that is switched off in training
 # optimization
 batch_size = 4  # rows of a forward pass
 block_size = 256  # tokens of a row: the context in training and evaluation
 gradient_accumulation_steps = 1  # forward passes of a step
 max_iters = 10000  # steps at most
-max_minutes = 9.0  # minutes at most, evaluations included; 0: no limit, and exact resumes
+max_minutes = 9.0  # minutes at most, but for the last evaluation; 0: no limit, and exact resumes
 learning_rate = 3e-3  # its highest value, after the warm-up
 min_lr_fraction = 0.02  # what is left of it at the end
 warmup_fraction = 0.02  # part of the training in which it rises
@@ -135,8 +136,8 @@ def read_settings(arguments: list[str]) -> argparse.Namespace:
         near = difflib.get_close_matches(name.lstrip("-").replace("-", "_"), SETTINGS, 1, 0.5)
         hint = f"did you mean --{near[0]}?" if near else "--help lists all settings"
         raise UserError(f"there is no setting {name}; {hint}")
-    counts = "batch_size block_size gradient_accumulation_steps max_iters eval_interval num_layers"
-    sizes = "hidden_size intermediate_size nffn_hidden_size shared_size ema_size"
+    counts = "batch_size block_size gradient_accumulation_steps max_iters eval_interval n_layer"
+    sizes = "n_embd intermediate_size nffn_hidden_size shared_size ema_size"
     amounts = "chunk_size max_minutes weight_decay grad_clip sample_tokens threads seed"
     parts = "dropout warmup_fraction min_lr_fraction beta1 beta2"
     for names, rule, valid in (
@@ -144,6 +145,7 @@ def read_settings(arguments: list[str]) -> argparse.Namespace:
         (amounts, "0 or more", lambda value: 0 <= value < 1 << 63),
         ("learning_rate", "above 0", lambda value: 0 < value < math.inf),
         (parts, "0 or more and below 1", lambda value: 0 <= value < 1),
+        ("out_dir dataset", "non-empty", bool),
         ("dtype", f"one of {', '.join(DTYPES)}", DTYPES.__contains__),
         ("tokenizer", f"one of {', '.join(TOKENIZERS)}", TOKENIZERS.__contains__),
     ):
@@ -160,20 +162,16 @@ def keep_big_blocks():
     """Let glibc keep freed memory, or each step would fault all its pages in anew."""
     with contextlib.suppress(OSError, AttributeError):  # other C libraries have no mallopt
         libc = ctypes.CDLL("libc.so.6")
-        for option, value in ((-3, 1 << 30), (-1, (1 << 31) - 1), (-2, 1 << 28)):
-            libc.mallopt(option, value)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD
-
-
-def choose_device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(1, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device={name} can't be used here ({short(error)})") from None
+        libc.mallopt(-3, 1 << 30) or libc.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, or its old limit
+        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+        libc.mallopt(-2, 1 << 28)  # M_TOP_PAD
 
 
 DTYPES = ("auto", "float32", "bfloat16")
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -208,7 +206,7 @@ def find_data(s) -> Path:
         print(
             f"{s.dataset} can't be downloaded, so this trains on pydocs, Python's own text: {error}"
         )
-        return prepare("pydocs", tokenizer=s.tokenizer, vocab_size=s.vocab_size)
+        return prepare("pydocs", "", s.train_split, s.val_split, s.tokenizer, s.vocab_size)
 
 
 class Corpus:
@@ -218,14 +216,15 @@ class Corpus:
         meta = read_meta(folder)
         self.counts, self.block_size, self.tokens = meta["splits"], block_size, {}
         for split, counts in self.counts.items():
-            self.tokens[split] = np.memmap(folder / f"{split}.bin", meta["dtype"], "r")
-            if len(self.tokens[split]) != counts["tokens"]:
-                raise UserError(f"{folder}/{split}.bin is damaged; delete {folder} and run again")
+            path, dtype = folder / f"{split}.bin", np.dtype(meta["dtype"])
+            if not path.exists() or path.stat().st_size != counts["tokens"] * dtype.itemsize:
+                raise UserError(f"{path} is damaged; delete {folder} and run again")
+            self.tokens[split] = np.memmap(path, dtype, "r")
         for split, least in (("train", block_size + 1), ("val", 2)):
             if len(self.tokens[split]) < least:
                 raise UserError(
                     f"the {split} split of {folder} has {len(self.tokens[split])} tokens and "
-                    f"--block_size={block_size} needs {least}; give more text or a smaller one"
+                    f"--block_size={block_size} needs {least}; give more text or a smaller --block_size"
                 )
 
     def batch(self, rows: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -241,7 +240,8 @@ class Corpus:
         tokens, length = torch.from_numpy(self.tokens[split].astype(np.int64)), self.block_size
         whole = (len(tokens) - 1) // length * length
         inputs, targets = tokens[:whole].view(-1, length), tokens[1 : whole + 1].view(-1, length)
-        yield from zip(inputs.split(rows), targets.split(rows), strict=True)
+        if whole:
+            yield from zip(inputs.split(rows), targets.split(rows), strict=True)
         if whole < len(tokens) - 1:
             yield tokens[whole:-1].unsqueeze(0), tokens[whole + 1 :].unsqueeze(0)
 
@@ -253,8 +253,8 @@ def model_config(s, codec: Tokenizer) -> MegaConfig:
     try:
         return MegaConfig(
             vocab_size=codec.size,
-            num_hidden_layers=s.num_layers,
-            hidden_size=s.hidden_size,
+            num_hidden_layers=s.n_layer,
+            hidden_size=s.n_embd,
             intermediate_size=s.intermediate_size,
             nffn_hidden_size=s.nffn_hidden_size,
             shared_representation_size=s.shared_size,
@@ -281,13 +281,12 @@ def model_config(s, codec: Tokenizer) -> MegaConfig:
         raise UserError(str(error)) from None
 
 
-def check_same_config(found: MegaConfig, wanted: MegaConfig, folder: Path):
-    """A resume goes on with the model that it left."""
-    found, wanted = ({k: v for k, v in asdict(c).items() if k != "extra"} for c in (found, wanted))
-    names = [name for name in wanted if found[name] != wanted[name]]
+def check_same(found: dict, wanted: dict, what: str):
+    """A resume goes on with what it left: the first dict's values must be the second's."""
+    names = [name for name in wanted if found.get(name) != wanted[name]]
     if names:
-        differences = "; ".join(f"{n} is {found[n]}, not {wanted[n]}" for n in names)
-        raise UserError(f"{folder} was trained with other settings: {differences}")
+        differences = "; ".join(f"{n} was {found.get(n)}, not {wanted[n]}" for n in names)
+        raise UserError(f"{what} can't be resumed with other settings: {differences}")
 
 
 def build_optimizer(s, model: MegaForCausalLM, device: torch.device) -> torch.optim.Optimizer:
@@ -312,6 +311,23 @@ def learning_rate_at(s, progress: float) -> float:
 # ------------------------------------------------------------------------------------------ training
 
 
+# The settings that a resumed run may change, and the parts of its training.pt.
+CHANGEABLE = "out_dir source resume eval_only max_iters max_minutes eval_interval sample_tokens"
+CHANGEABLE = {*CHANGEABLE.split(), "device", "dtype", "compile", "threads", "dataset"}
+STATE = (
+    "step",
+    "seconds",
+    "tokens",
+    "best",
+    "rows",
+    "fixed",
+    "dtype",
+    "optimizer",
+    "rng",
+    "cuda_rng",
+)
+
+
 class Training:
     """All that a training changes: what a checkpoint must hold for a resume."""
 
@@ -320,32 +336,57 @@ class Training:
         self.device = choose_device(s.device)
         self.step, self.seconds, self.tokens, self.best, self.rows = 0, 0.0, 0, math.inf, []
         torch.manual_seed(s.seed)
-        if not s.eval_only:
-            self.out.mkdir(parents=True, exist_ok=True)
         folder = self.find_last() if s.resume else self.out
+        state = self.read_state(folder) if s.resume else None
         if s.resume or s.eval_only:
             self.model, self.codec = load_model(folder)
         data = find_data(s)
         self.corpus, codec = Corpus(data, s.block_size), load_tokenizer(data)
+        self.dtype = choose_dtype(s.dtype, self.device)
         if not (s.resume or s.eval_only):
             self.model, self.codec = MegaForCausalLM(model_config(s, codec)), codec
         elif self.codec != codec:
             raise UserError(f"the checkpoint in {folder} has another tokenizer than {data}")
-        elif s.resume:
-            check_same_config(self.model.config, model_config(s, codec), folder)
         self.model.to(self.device).train()
-        dtype = choose_dtype(s.dtype, self.device)
-        self.autocast = torch.autocast(self.device.type, dtype, dtype != torch.float32)
         self.optimizer = build_optimizer(s, self.model, self.device)
+        # What a resumed run must have in common with the first part.
+        self.fixed = {n: v for n, v in vars(s).items() if n not in CHANGEABLE}
+        self.fixed["dataset"] = data.name
         if s.resume:
-            self.load_state(folder / "training.pt")
-        print(
-            f"{sum(p.numel() for p in self.model.parameters()):,} parameters on {self.device}, "
-            f"{str(dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads; "
-            + ", ".join(
-                f"{split} {n['tokens']:,} tokens" for split, n in self.corpus.counts.items()
-            )
+            check_same(state["fixed"], self.fixed, str(folder))
+            if s.dtype == "auto":
+                self.dtype = getattr(torch, state["dtype"])
+            self.load_state(state, folder)
+        self.autocast = torch.autocast(
+            self.device.type, self.dtype, enabled=self.dtype != torch.float32
         )
+        if not s.eval_only:
+            self.claim_out_dir()
+        sizes = ", ".join(
+            f"{split} {n['tokens']:,} tokens" for split, n in self.corpus.counts.items()
+        )
+        parameters = sum(p.numel() for p in self.model.parameters())
+        print(
+            f"{parameters:,} parameters on {self.device}, {dtype_name(self.dtype)}, "
+            f"{torch.get_num_threads()} threads; {sizes}",
+            flush=True,
+        )
+
+    def claim_out_dir(self):
+        """Make out_dir; a new run moves what an earlier one left there to out_dir/previous."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=self.out).close()  # an unwritable folder shows now
+        names = ("last", "log.csv", "config.json", "model.safetensors", *TOKENIZER_FILES)
+        found = [name for name in names if (self.out / name).exists()]
+        if found and not self.settings.resume:
+            previous = self.out / "previous"
+            shutil.rmtree(previous, ignore_errors=True)
+            previous.mkdir()
+            for name in found:
+                (self.out / name).rename(previous / name)
+            print(
+                f"the earlier run in {self.out} is now in {previous}; --resume would go on with it"
+            )
 
     def find_last(self) -> Path:
         """out_dir/last, or what a crash between the two renames of a save left of it."""
@@ -356,17 +397,32 @@ class Training:
             f"there is nothing to resume in {self.out / 'last'}; start without --resume"
         )
 
-    def load_state(self, path: Path):
+    def read_state(self, folder: Path) -> dict:
         try:
-            state = torch.load(path, weights_only=True, map_location="cpu")
+            state = torch.load(folder / "training.pt", weights_only=True, map_location="cpu")
+            if not set(STATE) <= state.keys():
+                raise ValueError("parts are missing")
+            return state
+        except (
+            OSError,
+            EOFError,
+            ValueError,
+            AttributeError,
+            RuntimeError,
+            pickle.PickleError,
+        ) as e:
+            raise UserError(f"{folder / 'training.pt'} can't be read ({short(e)})") from None
+
+    def load_state(self, state: dict, folder: Path):
+        try:
             self.optimizer.load_state_dict(state["optimizer"])
             torch.set_rng_state(state["rng"])
             if self.device.type == "cuda" and state["cuda_rng"] is not None:
                 torch.cuda.set_rng_state(state["cuda_rng"], self.device)
-            for name in ("step", "seconds", "tokens", "best", "rows"):
-                setattr(self, name, state[name])
-        except (OSError, EOFError, ValueError, KeyError, RuntimeError, pickle.PickleError) as error:
-            raise UserError(f"{path} can't be read ({short(error)})") from None
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise UserError(f"{folder / 'training.pt'} does not fit ({short(error)})") from None
+        for name in ("step", "seconds", "tokens", "best", "rows"):
+            setattr(self, name, state[name])
 
     def save_model(self, folder: Path):
         self.model.save_pretrained(folder)
@@ -377,12 +433,11 @@ class Training:
         last, new, old = (self.out / name for name in ("last", "last.new", "last.old"))
         shutil.rmtree(new, ignore_errors=True)
         self.save_model(new)
-        cuda = self.device.type == "cuda"
-        state = {
-            name: getattr(self, name) for name in ("step", "seconds", "tokens", "best", "rows")
-        }
-        state["optimizer"], state["rng"] = self.optimizer.state_dict(), torch.get_rng_state()
-        state["cuda_rng"] = torch.cuda.get_rng_state(self.device) if cuda else None
+        state = {name: getattr(self, name) for name in STATE[:6]}
+        state |= {"dtype": dtype_name(self.dtype), "optimizer": self.optimizer.state_dict()}
+        state |= {"rng": torch.get_rng_state(), "cuda_rng": None}
+        if self.device.type == "cuda":
+            state["cuda_rng"] = torch.cuda.get_rng_state(self.device)
         buffer = io.BytesIO()
         torch.save(state, buffer)
         write_whole(new / "training.pt", buffer.getvalue())
@@ -412,10 +467,12 @@ class Training:
             (part / s.gradient_accumulation_steps).backward()
             loss += part.item() / s.gradient_accumulation_steps
             self.tokens += targets.numel()
-        if not math.isfinite(loss):
-            hint = "the checkpoints stay as they were; try a lower --learning_rate"
-            raise UserError(f"the loss at step {self.step + 1} is {loss}; {hint}")
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), s.grad_clip or math.inf)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), s.grad_clip or math.inf)
+        if not (math.isfinite(loss) and math.isfinite(norm.item())):
+            found = f"step {self.step + 1} has the loss {loss} and a gradient of norm {norm.item()}"
+            raise UserError(
+                f"{found}; the checkpoints stay as they were, try a lower --learning_rate"
+            )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
@@ -430,7 +487,10 @@ class Training:
         """
         nats, tokens, counts = 0.0, 0, self.corpus.counts[split]
         self.model.eval()
-        for inputs, targets in self.corpus.windows(split, 8192 // self.settings.block_size + 1):
+        rows = max(
+            (1 << 25) // (self.codec.size * self.settings.block_size), 1
+        )  # 128 MiB of logits
+        for inputs, targets in self.corpus.windows(split, rows):
             inputs, targets = inputs.to(self.device), targets.to(self.device)
             with self.autocast:
                 out = self.model(inputs, labels=targets, shift_labels=False, use_cache=False)
@@ -443,16 +503,24 @@ class Training:
             "word_perplexity": math.exp(min(nats / counts["words"], 700.0)),
         }
 
-    def log(self, train_loss: float, result: dict[str, float], tokens_per_second: float):
-        """A row of log.csv, which is written anew."""
-        row = {"step": self.step, "tokens": self.tokens, "seconds": self.seconds}
-        row |= {"train_loss": train_loss, "val_loss": result["loss"]}
-        row |= {name: result[name] for name in ("bits_per_byte", "word_perplexity")}
-        row["tokens_per_second"] = tokens_per_second
-        row["learning_rate"] = self.optimizer.param_groups[0]["lr"]
+    def add_row(self, train_loss: float, result: dict[str, float], tokens_per_second: float):
+        """A row of log.csv."""
+        row = {
+            "step": self.step,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "train_loss": train_loss,
+            "val_loss": result["loss"],
+            "bits_per_byte": result["bits_per_byte"],
+            "word_perplexity": result["word_perplexity"],
+            "tokens_per_second": tokens_per_second,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+        }
         self.rows.append({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+
+    def write_log(self):
         text = io.StringIO()
-        writer = csv.DictWriter(text, row, lineterminator="\n")
+        writer = csv.DictWriter(text, self.rows[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.rows)
         write_whole(self.out / "log.csv", text.getvalue().encode())
@@ -470,48 +538,48 @@ def report(result: dict[str, float]) -> str:
 
 
 def train(t: Training) -> dict[str, float]:
-    """The loop: steps, and from time to time an evaluation, a sample and checkpoints."""
+    """The loop: steps, and from time to time an evaluation, checkpoints and a sample."""
     s, model = t.settings, torch.compile(t.model) if t.settings.compile else t.model
-    stop = []  # Ctrl-C waits for the end of a step; a second one does not
-    previous = signal.signal(signal.SIGINT, lambda *_: (stop.append(1), restore()))
+    stop = []  # Ctrl-C waits for the end of a step
 
-    def restore():
+    def interrupt(*_):
+        stop.append(True)
         signal.signal(signal.SIGINT, previous)
+        print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr)
 
+    previous = signal.signal(signal.SIGINT, interrupt)
     form = "{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
     bar = tqdm(total=1.0, initial=t.progress(), bar_format=form, leave=False, disable=None)
-    start, losses, mark, result = time.time() - t.seconds, [], (t.tokens, t.seconds), None
-    speed = 0.0
-    while t.progress() < 1 or result is None:
-        if t.progress() < 1 and not stop:
-            losses.append(t.train_step(model))
-            t.seconds = time.time() - start
-            speed = (t.tokens - mark[0]) / max(t.seconds - mark[1], 1e-9)
-            bar.set_postfix_str(f"step {t.step}, loss {losses[-1]:.3f}, {speed:,.0f} tokens/s")
-            bar.update(t.progress() - bar.n)
+    start, losses, tokens, seconds = time.time() - t.seconds, [], t.tokens, t.seconds
+    result = t.evaluate() if t.progress() == 1 else None
+    while t.progress() < 1:
+        losses.append(t.train_step(model))
+        t.seconds = time.time() - start
+        speed = (t.tokens - tokens) / max(t.seconds - seconds, 1e-9)
+        bar.set_postfix_str(f"step {t.step}, loss {losses[-1]:.3f}, {speed:,.0f} tokens/s")
+        bar.update(t.progress() - bar.n)
         if stop:
             t.save_last()
             bar.close()
             print(f"stopped and saved at step {t.step}; --resume goes on from here")
             sys.exit(130)
-        result = None
         if t.step % s.eval_interval == 0 or t.progress() == 1:
-            bar.clear()
-            result = t.evaluate()
-            train_loss = float(np.mean(losses)) if losses else math.nan
-            print(
-                f"step {t.step}: train loss {train_loss:.4f}, {report(result)}, {speed:,.0f} tokens/s"
-            )
-            t.log(train_loss, result, speed)
-            if result["loss"] < t.best:
-                t.best = result["loss"]
-                t.save_model(t.out)
-            t.print_sample()
+            result, train_loss = t.evaluate(), float(np.mean(losses))
+            better = result["loss"] < t.best
+            t.best = min(result["loss"], t.best)
+            t.add_row(train_loss, result, speed)
             t.seconds = time.time() - start
             t.save_last()
-            losses, mark = [], (t.tokens, t.seconds)
+            if better:
+                t.save_model(t.out)
+            t.write_log()
+            bar.clear()
+            line = f"step {t.step}: train loss {train_loss:.4f}, {report(result)}"
+            print(f"{line}, {speed:,.0f} tokens/s", flush=True)
+            t.print_sample()
+            losses, tokens, seconds = [], t.tokens, t.seconds
     bar.close()
-    restore()
+    signal.signal(signal.SIGINT, previous)
     return result
 
 

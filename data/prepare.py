@@ -24,6 +24,7 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,6 +50,7 @@ WIKITEXT = {  # addresses in the order to try, size in bytes and sha256 if known
     },
 }
 SPLITS = {"train": "train", "val": "valid|val|validation", "test": "test"}
+ENDINGS = {".txt", ".md", ".rst", ".raw", ".tokens", ".text"}  # of text files
 TOKENIZERS = ("bpe", "bytes", "gpt2")
 TIMEOUT = 20  # seconds without an answer before a download is given up
 # GPT-2's way to cut text into words, written without look-ahead, which rustbpe does not know.
@@ -102,7 +104,7 @@ def new_tokenizer(kind: str, vocab_size: int, documents: list[str]) -> Tokenizer
     """kind "bpe": trained on `documents`, at most vocab_size ids; "bytes": 256; "gpt2": 50257."""
     single_bytes = {bytes([i]): i for i in range(256)}
     if kind == "bytes":
-        return Tokenizer(single_bytes, BYTE_PATTERN, end_of_text=0)  # no text has a byte 0
+        return Tokenizer(single_bytes, BYTE_PATTERN, end_of_text=0)  # a byte that texts hardly use
     if kind == "gpt2":
         try:
             gpt2 = tiktoken.get_encoding("gpt2")
@@ -118,6 +120,9 @@ def new_tokenizer(kind: str, vocab_size: int, documents: list[str]) -> Tokenizer
     bpe.train_from_iterator(iter(documents), vocab_size - 1, pattern=WORD_PATTERN)
     ranks = {bytes(token): rank for token, rank in bpe.get_mergeable_ranks()}
     return Tokenizer(ranks, WORD_PATTERN, end_of_text=len(ranks))
+
+
+TOKENIZER_FILES = ("tokenizer.tiktoken", "tokenizer_meta.json")
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path):
@@ -160,32 +165,44 @@ def write_whole(path: Path, content):
 
 
 def download(url: str, path: Path, size: int | None = None, sha256: str | None = None):
-    """Fetch a URL into a file, checked; UserError, and nothing left, if it can't be had whole."""
-    # One host answers 403 to Python's own User-Agent.
-    request = urllib.request.Request(url, headers={"User-Agent": "mega-prepare/1.0"})
+    """Fetch a URL into a file, checked; DownloadError, and nothing left, if it can't be had whole."""
     part, digest, got = path.with_name(path.name + ".part"), hashlib.sha256(), 0
     path.parent.mkdir(parents=True, exist_ok=True)
+    answer = pieces(url)
+    expected = next(answer) or size
     try:
-        with urllib.request.urlopen(request, timeout=TIMEOUT) as answer, open(part, "wb") as file:
-            length = answer.headers.get("Content-Length")
-            expected = int(length) if length else size
-            with tqdm(
-                total=expected, unit="B", unit_scale=True, desc=path.name, disable=None
-            ) as bar:
-                while piece := answer.read(1 << 16):
-                    file.write(piece)
-                    digest.update(piece)
-                    got += len(piece)
-                    bar.update(len(piece))
+        with (
+            open(part, "wb") as file,
+            tqdm(total=expected, unit="B", unit_scale=True, desc=path.name, disable=None) as bar,
+        ):
+            for piece in answer:
+                file.write(piece)
+                digest.update(piece)
+                got += len(piece)
+                bar.update(len(piece))
         if expected is not None and got != expected:
             raise DownloadError(f"{url} broke off after {got:,} of {expected:,} bytes; try again")
         if sha256 and digest.hexdigest() != sha256:
             raise DownloadError(f"{url} is not the expected file: its sha256 differs")
+        if not zipfile.is_zipfile(part):
+            raise DownloadError(f"{url} gave something else than a zip file")
         os.replace(part, path)
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        raise DownloadError(f"{url} could not be downloaded ({short(error)})") from None
     finally:
         part.unlink(missing_ok=True)
+
+
+def pieces(url: str):
+    """First the length that a host announces, or None, then the content bit by bit."""
+    # One host answers 403 to Python's own User-Agent.
+    request = urllib.request.Request(url, headers={"User-Agent": "mega-prepare/1.0"})
+    try:
+        with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
+            length = answer.headers.get("Content-Length")
+            yield int(length) if length else None
+            while piece := answer.read(1 << 16):
+                yield piece
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise DownloadError(f"{url} could not be downloaded ({short(error)})") from None
 
 
 def decode(content: bytes, name: str) -> str:
@@ -198,25 +215,33 @@ def decode(content: bytes, name: str) -> str:
         ) from None
 
 
+def text_paths(source: Path) -> list[Path]:
+    """A file itself, or the text files under a folder."""
+    if not source.is_dir():
+        return [source]
+    return sorted(p for p in source.rglob("*") if p.suffix.lower() in ENDINGS and p.is_file())
+
+
 def read_files(source: Path) -> dict[str, bytes]:
-    """Name -> content of a file, of a zip's members or of a folder's text files, in order."""
+    """Name -> content of a text file, or of the text files in a folder or zip, in order."""
     if not source.exists():
         raise UserError(f"{source} does not exist; give a text file, a zip or a folder")
-    if source.is_dir():
-        endings = {".txt", ".md", ".rst", ".raw", ".tokens", ".text"}
-        paths = sorted(p for p in source.rglob("*") if p.suffix in endings and p.is_file())
-        return {p.relative_to(source).as_posix(): p.read_bytes() for p in paths}
-    if source.suffix == ".zip" or zipfile.is_zipfile(source):
+    if source.is_file() and (source.suffix == ".zip" or zipfile.is_zipfile(source)):
         return unzip(source)
-    return {source.name: source.read_bytes()}
+    root = source if source.is_dir() else source.parent
+    files = {p.relative_to(root).as_posix(): p.read_bytes() for p in text_paths(source)}
+    if not files:
+        raise UserError(f"{source} has no text files ({', '.join(sorted(ENDINGS))})")
+    return files
 
 
 def unzip(path: Path) -> dict[str, bytes]:
     try:
         with zipfile.ZipFile(path) as archive:
-            members = sorted(m for m in archive.namelist() if not m.endswith("/"))
+            members = [m for m in sorted(archive.namelist()) if Path(m).suffix.lower() in ENDINGS]
+            members = [m for m in members if "__MACOSX" not in m]  # a Mac's notes, not texts
             return {member: archive.read(member) for member in members}
-    except (zipfile.BadZipFile, OSError, ValueError, RuntimeError) as error:
+    except (zipfile.BadZipFile, zlib.error, ValueError, RuntimeError) as error:
         raise UserError(f"{path} is not a readable zip file ({short(error)})") from None
 
 
@@ -228,10 +253,11 @@ def split_files(files: dict[str, bytes]) -> dict[str, str]:
     texts = {}
     for split, words in SPLITS.items():
         pattern = rf"(?:^|.*[._-])(?:{words})(?:[._-].*)?"
-        for name, content in files.items():
-            if re.fullmatch(pattern, name.rsplit("/", 1)[-1].lower()):
-                texts[split] = decode(content, name)
-                break
+        found = [n for n in files if re.fullmatch(pattern, n.rsplit("/", 1)[-1].lower())]
+        if len(found) > 1:
+            raise UserError(f"several files for the {split} split, keep one: {', '.join(found)}")
+        if found:
+            texts[split] = decode(files[found[0]], found[0])
     return texts
 
 
@@ -244,7 +270,10 @@ def wikitext(name: str, source: str | None) -> dict[str, list[str]]:
     about = WIKITEXT[name]
     texts = split_files(fetch(source, DATA / name) if source else fetch_wikitext(name))
     if not texts:
-        raise UserError(f"{source or name} has no file named like wiki.train.raw or test.txt")
+        raise UserError(
+            f"{source or name} has no file named like wiki.train.raw or test.txt; "
+            "for a text of your own give its path as the dataset"
+        )
     wrong = {
         split: text.count("\n")
         for split, text in texts.items()
@@ -329,18 +358,19 @@ def split_documents(documents: list[str]) -> dict[str, list[str]]:
     text = "\n".join(documents)
     first, second = (border(text, len(text) * part // 100) for part in (90, 95))
     parts = {"train": text[:first], "val": text[first:second], "test": text[second:]}
-    return {split: [part] if part else [] for split, part in parts.items()}
+    return {split: [part] for split, part in parts.items() if part.strip()}
 
 
 def border(text: str, near: int) -> int:
-    """The start of the next line, or `near` itself where none comes."""
-    return text.find("\n", near) + 1 or near
+    """The start of the next line, or `near` itself where the text's last line has begun."""
+    start = text.find("\n", near) + 1
+    return start if 0 < start < len(text) else near
 
 
 def own_text(source: str, folder: Path) -> dict[str, list[str]]:
     files = fetch(source, folder)
-    texts = split_files(files)
-    if "train" in texts:
+    texts = split_files(files) if len(files) > 1 else {}
+    if {"train", "val"} <= texts.keys():
         return {split: [text] for split, text in texts.items()}
     return split_documents([decode(content, name) for name, content in files.items()])
 
@@ -358,6 +388,8 @@ def prepare(
 ) -> Path:
     """Make data/<name>/ unless it is there already, made in the same way; return the folder."""
     source = source or None
+    if dataset == "pydocs" and source:
+        raise UserError(f"pydocs has no source; give {source} as the dataset")
     known = dataset in WIKITEXT or dataset == "pydocs"
     for split in (train_split, val_split):
         if split not in SPLITS:
@@ -417,9 +449,9 @@ def prepare(
 
 def fingerprint(source: str) -> list:
     """Names, sizes and times of local files, so that a changed text is noticed."""
-    path = Path(source or ".missing")
-    paths = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    stats = [(str(p.resolve()), p.stat()) for p in paths if p.exists()]
+    if not source or "://" in source:
+        return []
+    stats = [(str(p.resolve()), p.stat()) for p in text_paths(Path(source)) if p.exists()]
     return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
 
 
@@ -449,12 +481,20 @@ def run(main):
     """Call a script's main(); a mistake of the user's ends it with one sentence and exit code 2."""
     script = Path(sys.argv[0]).name
     for stream in (sys.stdout, sys.stderr):  # a character that a terminal lacks must not end it
-        stream.reconfigure(errors="replace")
+        if stream is not None:
+            stream.reconfigure(errors="replace")
     try:
         main()
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of our output left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except (RuntimeError, MemoryError) as error:
+        if "memory" not in str(error) and not isinstance(error, MemoryError):
+            raise
+        sizes = "try a smaller batch, context or model"
+        print(f"{script}: out of memory ({short(error)}); {sizes}", file=sys.stderr)
+        sys.exit(2)
     except (UserError, OSError) as error:
         text = str(error) if isinstance(error, UserError) else short(error)
         print(f"{script}: {text}", file=sys.stderr)

@@ -1,0 +1,1 @@
+"""The texts: prepare.py makes them; each dataset has a folder here."""
