@@ -200,7 +200,8 @@ def powers(q: Tensor, count: int) -> Tensor:
 
 def ema_kernel(u: Tensor, q: Tensor, g: Tensor, length: int, truncation=None) -> Tensor:
     """k[l] = sum_n g u q^l (appendix A), (D, length); with `truncation`, 0 from that tap on."""
-    taps = min(length, truncation or length)
+    taps = length if truncation is None else min(truncation, length)
+    u, q, g = (at_least_fp32(coefficient) for coefficient in (u, q, g))
     return F.pad(((g * u).unsqueeze(-1) * powers(q, taps)).sum(-2), (0, length - taps))
 
 
@@ -301,8 +302,8 @@ class Blocks(torch.autograd.Function):
 def to_blocks(x: Tensor, c: int) -> Tensor:
     """(B, K c, D) -> (D, B (K + 1), c), where the last block of each row is zero."""
     B, L, D = x.shape
-    # Numbers a power of two apart evict each other from the processor's cache, which makes this copy
-    # and the products after it up to 3x slower: hence an odd number of channels.
+    # Numbers a power of two apart evict each other from the processor's cache, which makes this
+    # copy and the products after it up to 3x slower: hence an odd number of channels.
     blocks = x.new_empty(B, L // c + 1, D | 1, c)
     blocks[:, :-1, :D], blocks[:, -1] = x.unflatten(1, (-1, c)).mT, 0
     return blocks.flatten(0, 1)[:, :D].transpose(0, 1)
@@ -334,7 +335,7 @@ EMA_MODES |= {"recurrent": ema_recurrent, "blockwise": ema_blockwise}  # these c
 
 
 class DampedEMA(nn.Module):
-    """The EMA's parameters, and SiLU(EMA(x) + omega x) from them (equations 5 and 6, the paper's code).
+    """The EMA's parameters, and SiLU(EMA(x) + omega x) from them (equation 5, the paper's code).
 
     `mode` names the algorithm, for all calls or for one; None takes the fastest that will do.
     """
@@ -389,11 +390,11 @@ def normal(*shape: int, std: float) -> nn.Parameter:
 
 
 # ---------------------------------------------------------------------------------- 3 attention
-# Single-head attention with a reset gate (sections 3.2 and 3.4, equations 6 to 15): queries and keys from the EMA's
-# output, values from its input. A row is cut at chunk borders, and every run of whole chunks, or
-# the shorter piece at either end, is attended to by the same lines. Shapes: q (B, K, c, Z),
-# k (B, K, w, Z), bias (c, w), visible (.., c, w) or None for all, weights (B, K, c, w), where the
-# c queries stand at the last c of their w keys.
+# Single-head attention with a reset gate (section 3.2, equations 6 to 15) in chunks (section 3.4):
+# queries and keys from the EMA's output, values from its input. A row is cut at chunk borders, and
+# every run of whole chunks, or the shorter piece at either end, is attended to by the same lines.
+# Shapes: q (B, K, c, Z), k (B, K, w, Z), bias (c, w), visible (.., c, w) or None for all, weights
+# (B, K, c, w), where the c queries stand at the last c of their w keys.
 
 
 def softmax_weights(q: Tensor, k: Tensor, bias: Tensor, visible: Tensor | None) -> Tensor:
@@ -549,7 +550,7 @@ class MovingAverageGatedAttention(nn.Module):
         self.rel_pos_bias = POSITION_BIASES[config.relative_positional_bias](config)
 
     def forward(self, x: Tensor, mask=None, past: tuple | None = None, use_cache: bool = False):
-        """x (B, L, D), mask (B, R + L) bool, False at pads -> y (B, L, D), the past after x or None.
+        """x (B, L, D), mask (B, R + L) bool, False at pads -> y (B, L, D), the past after x.
 
         A past is the EMA's state (B, D, N), and keys (B, R, Z) and values (B, R, V) of the R < C
         positions of an open chunk; without chunking, of all so far.

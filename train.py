@@ -100,7 +100,7 @@ SETTINGS = {
 }
 
 
-# ------------------------------------------------------------------------------------------ settings
+# ---------------------------------------------------------------------------------------- settings
 
 
 def flag_reader(default):
@@ -155,7 +155,7 @@ def read_settings(arguments: list[str]) -> argparse.Namespace:
     return s
 
 
-# ------------------------------------------------------------------------------------------- machine
+# ----------------------------------------------------------------------------------------- machine
 
 
 def keep_big_blocks():
@@ -193,7 +193,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if much_faster else torch.float32
 
 
-# ---------------------------------------------------------------------------------------------- data
+# -------------------------------------------------------------------------------------------- data
 
 
 def find_data(s) -> Path:
@@ -224,7 +224,7 @@ class Corpus:
             if len(self.tokens[split]) < least:
                 raise UserError(
                     f"the {split} split of {folder} has {len(self.tokens[split])} tokens and "
-                    f"--block_size={block_size} needs {least}; give more text or a smaller --block_size"
+                    f"--block_size={block_size} needs {least}; give more text or shorten it"
                 )
 
     def batch(self, rows: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -246,7 +246,7 @@ class Corpus:
             yield tokens[whole:-1].unsqueeze(0), tokens[whole + 1 :].unsqueeze(0)
 
 
-# ------------------------------------------------------------------------------- model and optimizer
+# ----------------------------------------------------------------------------- model and optimizer
 
 
 def model_config(s, codec: Tokenizer) -> MegaConfig:
@@ -308,7 +308,7 @@ def learning_rate_at(s, progress: float) -> float:
     return s.learning_rate * max((1 - progress) / (1 - s.warmup_fraction), s.min_lr_fraction)
 
 
-# ------------------------------------------------------------------------------------------ training
+# ---------------------------------------------------------------------------------------- training
 
 
 # The settings that a resumed run may change, and the parts of its training.pt.

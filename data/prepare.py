@@ -165,7 +165,7 @@ def write_whole(path: Path, content):
 
 
 def download(url: str, path: Path, size: int | None = None, sha256: str | None = None):
-    """Fetch a URL into a file, checked; DownloadError, and nothing left, if it can't be had whole."""
+    """Fetch a zip into a file, checked; DownloadError, and nothing left, if it is not whole."""
     part, digest, got = path.with_name(path.name + ".part"), hashlib.sha256(), 0
     path.parent.mkdir(parents=True, exist_ok=True)
     answer = pieces(url)
