@@ -1252,7 +1252,7 @@ async def function():
 
 
 @pytest.mark.parametrize(("content", "message"), [
-    (b"", "has no .train. split, only none"), (b"  \n ", "has no .train. split"),
+    (b"", "t.txt is empty"), (b"  \n ", "t.txt is empty"),
     (b"good \xff bad", "not UTF-8: byte 0xff at offset 5"),
 ])  # fmt: skip
 def test_a_bad_text_is_one_sentence(content, message, data, tmp_path):

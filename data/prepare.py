@@ -411,6 +411,8 @@ def prepare(
         found = wikitext(dataset, source)
     else:
         found = pydocs() if dataset == "pydocs" else own_text(source or dataset, folder)
+    if not any(document.strip() for documents in found.values() for document in documents):
+        raise UserError(f"{source or dataset} is empty")
     splits = {}
     for split, wanted in (("train", train_split), ("val", val_split), ("test", "test")):
         if wanted in found:
