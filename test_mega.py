@@ -777,9 +777,9 @@ def test_cached_equals_uncached_over_any_split(
 
 def test_a_cache_holds_no_more_memory_than_it_shows():
     cache = shared_lm(use_chunking=True, chunk_size=8)(token_ids(0, 1, 203), use_cache=True).cache
-    for _, keys, values in cache.layers:
-        for tensor, width in ((keys, 6), (values, 12)):
-            assert tensor.untyped_storage().nbytes() == 3 * width * 8
+    for state, keys, values in cache.layers:
+        for tensor, numbers in ((state, 8 * 3), (keys, 3 * 6), (values, 3 * 12)):
+            assert tensor.untyped_storage().nbytes() == numbers * 8
 
 
 @torch.no_grad()
@@ -818,6 +818,19 @@ def test_masks_of_any_dtype_are_one_mask():
     for dtype in (torch.bool, torch.int32, torch.uint8, torch.float32, torch.float16):
         assert torch.equal(model(ids, mask.to(dtype)).logits, expected)
     assert torch.equal(model(ids, mask * 7).logits, expected)  # 0 is a pad, all else is not
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chunk", [0, 4])
+def test_a_mask_of_all_since_the_start_fits_its_cache(chunk):
+    model = shared_lm(**({"use_chunking": True, "chunk_size": chunk} if chunk else {}))
+    ids, mask = token_ids(0, 2, 11), torch.ones(2, 11)
+    mask[0, 1] = mask[1, 5] = mask[1, 8] = 0
+    expected, cache = model(ids, mask).logits, None
+    for a, b in ((0, 3), (3, 6), (6, 7), (7, 11)):
+        out = model(ids[:, a:b], mask[:, :b], cache=cache, use_cache=True)
+        close(out.logits, expected[:, a:b], 1e-6)
+        cache = out.cache
 
 
 @torch.no_grad()
