@@ -670,9 +670,8 @@ def check_ids(ids: Tensor, limit: int):
     if ids.dim() != 2 or ids.numel() == 0 or ids.dtype not in (torch.int64, torch.int32):
         found = f"{ids.dtype} {tuple(ids.shape)}"
         raise ValueError(f"input_ids must be a non-empty integer tensor (B, L), got {found}")
-    for extreme in (
-        (ids.min(), ids.max()) if ids.device.type == "cpu" else ()
-    ):  # looking waits for a GPU
+    # Only on a CPU: a look at the numbers would wait for a GPU.
+    for extreme in (ids.min(), ids.max()) if ids.device.type == "cpu" else ():
         if not 0 <= extreme < limit:
             raise ValueError(f"input_ids must be from 0 to {limit - 1}, got {extreme}")
 

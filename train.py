@@ -314,18 +314,8 @@ def learning_rate_at(s, progress: float) -> float:
 # The settings that a resumed run may change, and the parts of its training.pt.
 CHANGEABLE = "out_dir source resume eval_only max_iters max_minutes eval_interval sample_tokens"
 CHANGEABLE = {*CHANGEABLE.split(), "device", "dtype", "compile", "threads", "dataset"}
-STATE = (
-    "step",
-    "seconds",
-    "tokens",
-    "best",
-    "rows",
-    "fixed",
-    "dtype",
-    "optimizer",
-    "rng",
-    "cuda_rng",
-)
+COUNTERS = ("step", "seconds", "tokens", "best", "rows")
+STATE = {*COUNTERS, "fixed", "dtype", "optimizer", "rng", "cuda_rng"}
 
 
 class Training:
@@ -342,7 +332,8 @@ class Training:
             self.model, self.codec = load_model(folder)
         data = find_data(s)
         self.corpus, codec = Corpus(data, s.block_size), load_tokenizer(data)
-        self.dtype = choose_dtype(s.dtype, self.device)
+        dtype = state["dtype"] if s.resume and s.dtype == "auto" else s.dtype
+        self.dtype = choose_dtype(dtype, self.device)
         if not (s.resume or s.eval_only):
             self.model, self.codec = MegaForCausalLM(model_config(s, codec)), codec
         elif self.codec != codec:
@@ -354,8 +345,6 @@ class Training:
         self.fixed["dataset"] = data.name
         if s.resume:
             check_same(state["fixed"], self.fixed, str(folder))
-            if s.dtype == "auto":
-                self.dtype = getattr(torch, state["dtype"])
             self.load_state(state, folder)
         self.autocast = torch.autocast(
             self.device.type, self.dtype, enabled=self.dtype != torch.float32
@@ -376,7 +365,8 @@ class Training:
         """Make out_dir; a new run moves what an earlier one left there to out_dir/previous."""
         self.out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=self.out).close()  # an unwritable folder shows now
-        names = ("last", "log.csv", "config.json", "model.safetensors", *TOKENIZER_FILES)
+        names = ("last", "last.new", "last.old", "log.csv", "config.json", "model.safetensors")
+        names += TOKENIZER_FILES
         found = [name for name in names if (self.out / name).exists()]
         if found and not self.settings.resume:
             previous = self.out / "previous"
@@ -384,9 +374,8 @@ class Training:
             previous.mkdir()
             for name in found:
                 (self.out / name).rename(previous / name)
-            print(
-                f"the earlier run in {self.out} is now in {previous}; --resume would go on with it"
-            )
+            mend = "--resume would have gone on with it"
+            print(f"the earlier run in {self.out} is now in {previous}; {mend}")
 
     def find_last(self) -> Path:
         """out_dir/last, or what a crash between the two renames of a save left of it."""
@@ -400,7 +389,7 @@ class Training:
     def read_state(self, folder: Path) -> dict:
         try:
             state = torch.load(folder / "training.pt", weights_only=True, map_location="cpu")
-            if not set(STATE) <= state.keys():
+            if not STATE <= state.keys():
                 raise ValueError("parts are missing")
             return state
         except (
@@ -421,7 +410,7 @@ class Training:
                 torch.cuda.set_rng_state(state["cuda_rng"], self.device)
         except (ValueError, TypeError, RuntimeError) as error:
             raise UserError(f"{folder / 'training.pt'} does not fit ({short(error)})") from None
-        for name in ("step", "seconds", "tokens", "best", "rows"):
+        for name in COUNTERS:
             setattr(self, name, state[name])
 
     def save_model(self, folder: Path):
@@ -433,8 +422,9 @@ class Training:
         last, new, old = (self.out / name for name in ("last", "last.new", "last.old"))
         shutil.rmtree(new, ignore_errors=True)
         self.save_model(new)
-        state = {name: getattr(self, name) for name in STATE[:6]}
-        state |= {"dtype": dtype_name(self.dtype), "optimizer": self.optimizer.state_dict()}
+        state = {name: getattr(self, name) for name in COUNTERS}
+        state |= {"fixed": self.fixed, "dtype": dtype_name(self.dtype)}
+        state["optimizer"] = self.optimizer.state_dict()
         state |= {"rng": torch.get_rng_state(), "cuda_rng": None}
         if self.device.type == "cuda":
             state["cuda_rng"] = torch.cuda.get_rng_state(self.device)
@@ -487,9 +477,8 @@ class Training:
         """
         nats, tokens, counts = 0.0, 0, self.corpus.counts[split]
         self.model.eval()
-        rows = max(
-            (1 << 25) // (self.codec.size * self.settings.block_size), 1
-        )  # 128 MiB of logits
+        row_logits = self.codec.size * self.settings.block_size
+        rows = max((1 << 25) // row_logits, 1)  # 128 MiB of them at a time
         for inputs, targets in self.corpus.windows(split, rows):
             inputs, targets = inputs.to(self.device), targets.to(self.device)
             with self.autocast:

@@ -419,7 +419,7 @@ def prepare(
             splits[split] = found[wanted]
         elif split != "test":
             raise UserError(
-                f"{source or dataset} has no {wanted!r} split, only {', '.join(found) or 'none'}; "
+                f"{source or dataset} has no {wanted!r} split, only {', '.join(found)}; "
                 f"choose one with --{split}_split"
             )
     for split, documents in splits.items():
