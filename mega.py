@@ -4,8 +4,6 @@ A layer smooths its input with a learned, damped exponential moving average (EMA
 keys from the smoothed signal and values from the raw one, attends with a single head inside chunks,
 and gates the result into its input. The EMA is the only way between chunks.
 
-    1 config | 2 moving average | 3 attention | 4 block | 5 model | 6 heads | 7 generation | 8 files
-
 Shapes, everything batch-first:
 
     B  batch rows                          D  hidden_size
@@ -13,6 +11,7 @@ Shapes, everything batch-first:
     C  chunk_size                          Z  shared_representation_size, width of queries and keys
     K  chunks or blocks in a row           N  ema_projection_size, EMA dimensions of a channel
     R  cached positions of an open chunk   E  EMA channels: D, or 2D when bidirectional
+    S  positions of an encoder             P  max_positions
 
 Parameters have Hugging Face's names, so that checkpoints fit. Two are swapped against the paper:
 `damping_factor` holds its alpha (the weight p of the incoming value), `decay_factor` its delta.
@@ -22,16 +21,33 @@ import functools
 import json
 import math
 import os
+import re
 import warnings
-from dataclasses import asdict, dataclass, field, fields
+from collections import OrderedDict
+from dataclasses import asdict, dataclass, field, fields, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+
+def require(valid, message: str):
+    """A ValueError with the message unless valid."""
+    if not valid:
+        raise ValueError(message)
+
+
+def check_shape(name: str, x: Tensor, *shape: int | str):
+    """A ValueError unless x has the shape, in which a letter stands for any size but 0."""
+    found = tuple(x.shape)
+    fits = all(b == a or (b and type(a) is str) for a, b in zip(shape, found, strict=False))
+    asked = ", ".join(map(str, shape))
+    require(fits and len(found) == len(shape), f"{name} must be non-empty ({asked}), got {found}")
+
+
 # ------------------------------------------------------------------------------------- 1 config
 # Every setting of a model. Names and defaults are Hugging Face's, so that its config.json files
-# mean here what they meant there; `final_norm` and `scale_embedding` are the original code's.
+# mean here what they meant there; the last three are the original code's, off by default.
 
 
 @dataclass
@@ -70,57 +86,60 @@ class MegaConfig:
     ema_gamma_omega_range: float = 1.0
     relative_positional_bias: str = "rotary"
     is_decoder: bool = False  # causal attention, and a cache
-    add_cross_attention: bool = False
-    classifier_dropout: float | None = None
+    add_cross_attention: bool = False  # a decoder's layers also look at an encoder's states
+    classifier_dropout: float | None = None  # None: hidden_dropout_prob
     add_lm_hidden_dense_layer: bool = True
     pad_token_id: int | None = 1
     bos_token_id: int | None = 0
     eos_token_id: int | None = 2
     num_labels: int = 2
-    problem_type: str | None = None
+    id2label: dict | None = None  # the labels' names; None: LABEL_0, LABEL_1, ...
+    problem_type: str | None = None  # of sequence classification; None: by num_labels and labels
     tie_word_embeddings: bool = True
     use_cache: bool = True  # a decoder in eval mode returns its cache unless told otherwise
     final_norm: bool = False  # a norm without affine after the last pre-norm layer
     scale_embedding: bool = False  # embeddings times sqrt(D)
+    mean_pooling: bool = False  # a row's vector is its mean, not its first position
     extra: dict = field(default_factory=dict, repr=False)  # a config.json's unknown keys
 
     def __post_init__(self):
         words = {"normalization_type": NORMS, "activation": ACTIVATIONS}
-        words |= {"attention_activation": ATTENTION_WEIGHTS, "problem_type": PROBLEM_TYPES}
+        words |= {"attention_activation": ATTENTION_FUNCTIONS, "problem_type": PROBLEM_TYPES}
         words |= {"relative_positional_bias": POSITION_BIASES}
         for f in fields(self):
             value, kind = getattr(self, f.name), type(getattr(self, f.name))
-            rule, valid = "", True
+            least = 0 if f.name.endswith("_id") else 1
+            rule, valid = f"an integer from {least} on", kind is int and value >= least
             if f.name in words:
-                rule = f"one of {', '.join(words[f.name])}"
-                valid = kind is str and value in words[f.name]
+                rule, valid = f"one of {', '.join(words[f.name])}", value in list(words[f.name])
             elif f.type is bool:
                 rule, valid = "True or False", kind is bool
             elif "float" in str(f.type):
                 top = math.inf if f.name.endswith("_range") else 1
                 rule, valid = f"from 0 to below {top}", kind in (int, float) and 0 <= value < top
-            elif f.name.endswith("_id"):
-                rule, valid = "an integer from 0 on", kind is int and value >= 0
-            elif f.name != "extra" and (f.name != "chunk_size" or self.use_chunking):
-                when = " with use_chunking=True" if f.name == "chunk_size" else ""
-                rule, valid = f"a positive integer{when}", kind is int and value > 0
-            if not (valid or (value is None and "None" in str(f.type))):
-                raise ValueError(f"{f.name} must be {rule}, got {value!r}")
-        Z, vocab_size = self.shared_representation_size, self.vocab_size
-        if self.pad_token_id is not None and self.pad_token_id >= vocab_size:
-            raise ValueError(
-                f"pad_token_id {self.pad_token_id} is not below vocab_size {vocab_size}"
-            )
-        if self.relative_positional_bias == "rotary" and Z % 2:
-            raise ValueError(f"shared_representation_size must be even for rotary, got {Z}")
-        if self.is_decoder and self.bidirectional:
-            raise ValueError("is_decoder=True needs bidirectional=False: the future is not known")
-        if self.add_cross_attention or self.add_token_type_embeddings:
-            raise ValueError("add_cross_attention and add_token_type_embeddings must be False here")
-        if self.final_norm and not (self.normalize_before_mega and self.normalize_before_ffn):
-            raise ValueError("final_norm=True needs normalize_before_mega and _ffn to be True")
-        if self.use_chunking:
-            self.check_length("chunk_size", self.chunk_size)
+            elif f.name == "chunk_size":
+                rule, valid = f"{rule} with use_chunking=True", valid or not self.use_chunking
+            optional = "dict" in str(f.type) or (value is None and "None" in str(f.type))
+            require(valid or optional, f"{f.name} must be {rule}, got {value!r}")
+        Z, pad, size = self.shared_representation_size, self.pad_token_id, self.vocab_size
+        rotary, decoder = self.relative_positional_bias == "rotary", self.is_decoder
+        pre = self.normalize_before_mega and self.normalize_before_ffn
+        require(pad is None or pad < size, f"pad_token_id {pad} is not below vocab_size {size}")
+        require(Z % 2 == 0 or not rotary, f"shared_representation_size must be even, got {Z}")
+        require(not (decoder and self.bidirectional), "is_decoder=True needs bidirectional=False")
+        require(
+            decoder or not self.add_cross_attention, "add_cross_attention needs is_decoder=True"
+        )
+        require(
+            pre or not self.final_norm, "final_norm needs normalize_before_mega and _before_ffn"
+        )
+        self.check_length("chunk_size", self.attention_limit or 1)
+        names = {int(i): name for i, name in (self.id2label or {}).items()}
+        if all(name == f"LABEL_{i}" for i, name in names.items()):
+            names = {i: f"LABEL_{i}" for i in range(self.num_labels)}
+        count = self.num_labels  # a 2 may be just the default
+        require(count in (2, len(names)), f"num_labels {count} is not that of id2label {names}")
+        self.num_labels, self.id2label = len(names), names
 
     @property
     def attention_limit(self) -> int | None:
@@ -129,24 +148,40 @@ class MegaConfig:
 
     def check_length(self, what: str, length: int):
         """ValueError if the simple bias has no number for distances within `length` positions."""
-        if self.relative_positional_bias == "simple" and length > self.max_positions:
-            limit = f"max_positions {self.max_positions}, the simple bias's limit"
-            raise ValueError(f"{what} {length} is above {limit}; shorten, chunk, or use rotary")
+        limit = f"max_positions {self.max_positions}, the simple bias's limit"
+        fits = self.relative_positional_bias != "simple" or length <= self.max_positions
+        require(fits, f"{what} {length} is above {limit}; shorten, chunk, or use rotary")
 
     @classmethod
-    def from_dict(cls, values: dict) -> "MegaConfig":
-        """From the content of a config.json; unknown keys are kept in `extra`."""
-        known = {f.name for f in fields(cls)} & values.keys()
+    def from_dict(cls, values: dict, **settings) -> "MegaConfig":
+        """From the content of a config.json, its unknown keys in `extra`, and changed settings."""
+        kind, known = values.get("model_type", "mega"), {f.name for f in fields(cls)}
+        require(kind == "mega", f"the config is of a {kind!r} model, not of a mega")
+        names = None if "num_labels" in settings else values.get("id2label")
         extra = {k: v for k, v in values.items() if k not in known}
-        return cls(**{k: values[k] for k in known}, extra=extra)
+        inside = {k: v for k, v in values.items() if k in known} | {"id2label": names}
+        inside |= {"num_labels": len(names)} if names else {}
+        return cls(**{**inside, "extra": extra, **settings})
 
     def to_dict(self) -> dict:
         """The content of a config.json, unknown keys included."""
         values = asdict(self)
+        values["label2id"] = {name: i for i, name in self.id2label.items()}
         return {**values.pop("extra"), **values, "model_type": "mega"}
 
 
-PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+def cross_entropy(logits: Tensor, labels: Tensor, ignored: int = -100) -> Tensor:
+    """Mean over labels (..) but those `ignored`, of logits (.., classes), in nats."""
+    return F.cross_entropy(logits.flatten(0, -2), labels.flatten().long(), ignore_index=ignored)
+
+
+PROBLEM_TYPES = {
+    "regression": lambda logits, labels: F.mse_loss(logits, labels.to(logits).view_as(logits)),
+    "single_label_classification": cross_entropy,
+    "multi_label_classification": lambda logits, labels: F.binary_cross_entropy_with_logits(
+        logits, labels.to(logits)
+    ),
+}
 
 # ----------------------------------------------------------------------------- 2 moving average
 # The multi-dimensional damped EMA (section 3.1). Each channel of x is written to N hidden numbers,
@@ -168,16 +203,14 @@ def at_least_fp32(x: Tensor) -> Tensor:
 def in_fp32(ema):
     """Let an EMA function compute in fp32, or fp64 if given it, under any autocast; y as x's dtype.
 
-    Powers of a q near 1 mean nothing in half precision. Also checks shapes.
+    Powers of a q near 1 mean nothing in half precision.
     """
 
     @functools.wraps(ema)
     def wrapped(x, u, q, g, *args, **kwargs):
-        if not (x.dim() == 3 and u.shape == q.shape == g.shape == (x.shape[-1], u.shape[-1])):
-            shapes = [tuple(t.shape) for t in (x, u, q, g)]
-            raise ValueError("x (B, L, D) needs u, q, g (D, N), got {}, {}, {}, {}".format(*shapes))
-        if x.shape[1] == 0:
-            raise ValueError("the moving average needs at least one step, got L = 0")
+        check_shape("x", x, "B", "L", len(u))
+        for name, coefficient in (("u", u), ("q", q), ("g", g)):
+            check_shape(name, coefficient, x.shape[-1], u.shape[-1])
         dtype = functools.reduce(torch.promote_types, (x.dtype, u.dtype, torch.float32))
         with torch.autocast(x.device.type, enabled=False):
             y = ema(x.to(dtype), u.to(dtype), q.to(dtype), g.to(dtype), *args, **kwargs)
@@ -187,10 +220,9 @@ def in_fp32(ema):
 
 
 def initial_state(x: Tensor, u: Tensor, state: Tensor | None) -> Tensor:
-    shape = (len(x), *u.shape)
-    if state is not None and state.shape != shape:
-        raise ValueError(f"state must be {shape}, got {tuple(state.shape)}")
-    return x.new_zeros(shape) if state is None else state.to(x.dtype)
+    state = x.new_zeros(len(x), *u.shape) if state is None else state.to(x.dtype)
+    check_shape("state", state, len(x), *u.shape)
+    return state
 
 
 def powers(q: Tensor, count: int) -> Tensor:
@@ -249,8 +281,8 @@ def ema_blockwise(x: Tensor, u: Tensor, q: Tensor, g: Tensor, state=None, block=
     weigh, and all before the block, which the state at its start sums up. `block` is the number
     of steps in one; None takes the fastest measured.
     """
-    if block is not None and (type(block) is not int or block < 1):
-        raise ValueError(f"block must be a positive integer or None, got {block!r}")
+    valid = block is None or (type(block) is int and block > 0)
+    require(valid, f"block must be a positive integer or None, got {block!r}")
     block = min(block or (32 if x.shape[1] <= 8192 else 64), x.shape[1])
     q_powers = powers(q, block)
     inside = toeplitz(((g * u).unsqueeze(-1) * q_powers).sum(-2))  # x to y, (D, block, block)
@@ -267,10 +299,10 @@ def ema_blockwise(x: Tensor, u: Tensor, q: Tensor, g: Tensor, state=None, block=
 
 
 class Blocks(torch.autograd.Function):
-    """The work of `ema_blockwise` on x (B, K c, D), forward and backward.
+    """The work of `ema_blockwise` on x (B, K c, D), its backward pass by hand for twice the speed.
 
-    The backward pass by hand is twice as fast as autograd's. It is the same algorithm from right
-    to left: `read` and `write` change places, and the gradient of the state is what is carried.
+    That is the same from right to left: `read` and `write` change places, and what is carried is
+    the state's gradient.
     """
 
     @staticmethod
@@ -335,10 +367,7 @@ EMA_MODES |= {"recurrent": ema_recurrent, "blockwise": ema_blockwise}  # these c
 
 
 class DampedEMA(nn.Module):
-    """The EMA's parameters, and SiLU(EMA(x) + omega x) from them (equation 5, the paper's code).
-
-    `mode` names the algorithm, for all calls or for one; None takes the fastest that will do.
-    """
+    """SiLU(EMA(x) + omega x), by the algorithm `mode`; None takes the fastest that will do."""
 
     def __init__(self, config: MegaConfig, mode: str | None = None):
         super().__init__()
@@ -368,13 +397,12 @@ class DampedEMA(nn.Module):
         truncation, bidirectional = self.config.truncation, self.config.bidirectional
         steps = "recurrent" if x.shape[1] <= 16 else "blockwise"  # by measurement
         mode = mode or self.mode or (steps if truncation is None else "fft")
-        if mode not in EMA_MODES:
-            raise ValueError(f"EMA mode must be one of {', '.join(EMA_MODES)}, got {mode!r}")
+        require(mode in EMA_MODES, f"EMA mode must be one of {', '.join(EMA_MODES)}, got {mode!r}")
         carries = mode in ("recurrent", "blockwise")
-        if carries and truncation is not None:
-            raise ValueError(f"EMA mode {mode!r} cannot truncate its kernel; use direct or fft")
-        if state is not None and (bidirectional or not carries):
-            raise ValueError(f"EMA mode {mode!r} with {bidirectional=} cannot go on from a state")
+        cut = carries and truncation is not None
+        require(not cut, f"EMA mode {mode!r} cannot truncate its kernel; use direct or fft")
+        goes_on = state is None or (carries and not bidirectional)
+        require(goes_on, f"EMA mode {mode!r} with {bidirectional=} cannot go on from a state")
         inputs = x if mask is None else x * mask.unsqueeze(-1)
         if bidirectional:  # the second D channels read from right to left
             inputs = torch.cat([inputs, inputs.flip(1)], -1)
@@ -391,32 +419,8 @@ def normal(*shape: int, std: float) -> nn.Parameter:
 
 # ---------------------------------------------------------------------------------- 3 attention
 # Single-head attention with a reset gate (section 3.2, equations 6 to 15) in chunks (section 3.4):
-# queries and keys from the EMA's output, values from its input. A row is cut at chunk borders, and
-# every run of whole chunks, or the shorter piece at either end, is attended to by the same lines.
-# Shapes: q (B, K, c, Z), k (B, K, w, Z), bias (c, w), visible (.., c, w) or None for all, weights
-# (B, K, c, w), where the c queries stand at the last c of their w keys.
-
-
-def softmax_weights(q: Tensor, k: Tensor, bias: Tensor, visible: Tensor | None) -> Tensor:
-    """Softmax of scaled scores; a query that sees nothing gets zeros."""
-    scores = at_least_fp32((q * q.shape[-1] ** -0.5) @ k.mT) + bias
-    if visible is None:
-        return scores.softmax(-1)
-    scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
-    return scores.softmax(-1).masked_fill(~visible, 0)
-
-
-def elementwise_weights(q: Tensor, k: Tensor, bias: Tensor, visible: Tensor | None, function):
-    """`function` of the scores divided by the number of visible keys."""
-    count = k.shape[-2] if visible is None else visible.sum(-1, keepdim=True).clamp(min=1)
-    weights = function(at_least_fp32((q / count) @ k.mT) + bias)
-    # laplace(0) is 0.006, not 0: what is masked is multiplied out.
-    return weights if visible is None else weights.masked_fill(~visible, 0)
-
-
-def relu2(x: Tensor) -> Tensor:
-    """ReLU squared (So et al. 2021)."""
-    return F.relu(x).square()
+# queries and keys from the EMA's output, values from its input. Shapes: q (B, K, c, Z), k (B, K, C,
+# Z), v (B, K, C, V), where the c queries stand at the last c of a chunk's C positions.
 
 
 def laplace(x: Tensor) -> Tensor:
@@ -427,11 +431,28 @@ def laplace(x: Tensor) -> Tensor:
     return 0.5 * (1 + torch.erf((x - 0.707107) / (0.282095 * math.sqrt(2))))
 
 
-ATTENTION_WEIGHTS = {
-    "softmax": softmax_weights,
-    "laplace": functools.partial(elementwise_weights, function=laplace),
-    "relu2": functools.partial(elementwise_weights, function=relu2),
-}
+ATTENTION_FUNCTIONS = {"softmax": lambda x: x.softmax(-1)}
+ATTENTION_FUNCTIONS |= {"laplace": laplace, "relu2": lambda x: F.relu(x).square()}  # score by score
+
+
+def attention(layer: nn.Module, q, k, v, bias: Tensor, visible: Tensor | None):
+    """The config's attention of queries q (.., c, Z) over keys k (.., w, Z) and values v (.., w, V).
+
+    bias (c, w), visible (.., c, w) or None for all -> output (.., c, V), weights (.., c, w). Scores
+    are scaled by 1/sqrt(Z) or, outside softmax, by the number of visible keys.
+    """
+    kind, count = layer.config.attention_activation, k.shape[-2]
+    if visible is not None:
+        count = visible.sum(-1, keepdim=True).clamp(min=1)
+    scores = at_least_fp32((q * q.shape[-1] ** -0.5 if kind == "softmax" else q / count) @ k.mT)
+    scores = scores + bias
+    if visible is None:
+        weights = ATTENTION_FUNCTIONS[kind](scores)
+    else:  # filled again after the function: a query that sees nothing gets zeros
+        scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
+        weights = ATTENTION_FUNCTIONS[kind](scores).masked_fill(~visible, 0)
+    dropped = F.dropout(weights, layer.config.attention_probs_dropout_prob, layer.training)
+    return dropped.to(v.dtype) @ v, weights
 
 
 class SimpleBias(nn.Module):
@@ -442,18 +463,19 @@ class SimpleBias(nn.Module):
         self.config = config
         self.rel_pos_bias = normal(2 * config.max_positions - 1, std=config.initializer_range)
 
-    def forward(self, first: int, stop: int) -> Tensor:
-        """For queries first ... stop-1 and keys 0 ... stop-1: (stop - first, stop)."""
-        self.config.check_length("length", stop)
+    def forward(self, first: int, stop: int, keys: int) -> Tensor:
+        """For queries first ... stop-1 and keys 0 ... keys-1: (stop - first, keys)."""
+        self.config.check_length("length", max(stop, keys))
         centre = (self.config.attention_limit or self.config.max_positions) - 1
-        place = torch.arange(stop, device=self.rel_pos_bias.device)
-        return self.rel_pos_bias[centre + place - place[first:].unsqueeze(1)]
+        place = torch.arange(max(stop, keys), device=self.rel_pos_bias.device)
+        # Keys far before a query have negative indices, from the end: unique there, too.
+        return self.rel_pos_bias[centre + place[:keys] - place[first:stop].unsqueeze(1)]
 
 
 class RotaryBias(nn.Module):
-    """Two learned vectors, turned by their places' angles and multiplied; not RoPE on q and k.
+    """bias[i, j] = (R_i alpha) . (R_j b): two learned vectors, turned by their places' angles.
 
-    bias[i, j] = (R_i alpha) . (R_j b), which depends on j - i alone and has no limit of length.
+    It depends on j - i alone and has no limit of length. It is not RoPE on q and k.
     """
 
     def __init__(self, config: MegaConfig):
@@ -461,17 +483,17 @@ class RotaryBias(nn.Module):
         self.alpha = normal(1, config.shared_representation_size, std=config.initializer_range)
         self.b_param = normal(1, config.shared_representation_size, std=config.initializer_range)
 
-    def forward(self, first: int, stop: int) -> Tensor:
-        """For queries first ... stop-1 and keys 0 ... stop-1: (stop - first, stop)."""
-        half, device = self.alpha.shape[-1] // 2, self.alpha.device
-        places, pairs = (torch.arange(n, dtype=torch.float32, device=device) for n in (stop, half))
-        angle = places.unsqueeze(1) * torch.exp(pairs * (-math.log(10000) / half))  # (stop, Z / 2)
+    def forward(self, first: int, stop: int, keys: int) -> Tensor:
+        """For queries first ... stop-1 and keys 0 ... keys-1: (stop - first, keys)."""
+        half, device, end = self.alpha.shape[-1] // 2, self.alpha.device, max(stop, keys)
+        places, pairs = (torch.arange(n, dtype=torch.float32, device=device) for n in (end, half))
+        angle = places.unsqueeze(1) * torch.exp(pairs * (-math.log(10000) / half))  # (end, Z / 2)
         sin, cos = angle.sin(), angle.cos()
         (a1, a2), (b1, b2) = (at_least_fp32(p).chunk(2, -1) for p in (self.alpha, self.b_param))
         turned_a = torch.cat([a1 * cos - a2 * sin, a2 * cos + a1 * sin], -1)
         turned_b = torch.cat([b1 * cos - b2 * sin, b2 * cos + b1 * sin], -1)
         with torch.autocast(device.type, enabled=False):
-            return turned_a[first:] @ turned_b.mT
+            return turned_a[first:stop] @ turned_b[:keys].mT
 
 
 POSITION_BIASES = {"simple": SimpleBias, "rotary": RotaryBias}
@@ -519,7 +541,8 @@ def dropout(x: Tensor, p: float, module: nn.Module) -> Tensor:
 
 ACTIVATIONS = {name: getattr(F, name) for name in ("silu", "relu", "relu6", "leaky_relu", "mish")}
 ACTIVATIONS |= {"gelu": F.gelu, "gelu_python": F.gelu, "sigmoid": F.sigmoid, "tanh": F.tanh}
-ACTIVATIONS |= {"swish": F.silu, "linear": nn.Identity(), "relu2": relu2, "laplace": laplace}
+ACTIVATIONS |= {"swish": F.silu, "linear": nn.Identity(), "laplace": laplace}
+ACTIVATIONS["relu2"] = ATTENTION_FUNCTIONS["relu2"]
 ACTIVATIONS["gelu_10"] = lambda x: F.gelu(x).clamp(-10, 10)
 ACTIVATIONS["quick_gelu"] = lambda x: x * torch.sigmoid(1.702 * x)
 for name in ("gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh"):  # one formula
@@ -549,14 +572,14 @@ class MovingAverageGatedAttention(nn.Module):
         self.qk_bias = nn.Parameter(torch.zeros(2, Z))
         self.rel_pos_bias = POSITION_BIASES[config.relative_positional_bias](config)
 
-    def forward(self, x: Tensor, mask=None, past: tuple | None = None, use_cache: bool = False):
-        """x (B, L, D), mask (B, R + L) bool, False at pads -> y (B, L, D), the past after x.
+    def forward(self, x: Tensor, mask=None, past: tuple = (), use_cache: bool = False):
+        """x (B, L, D), mask (B, R + L) bool, False at pads -> y (B, L, D), the past after x, weights.
 
         A past is the EMA's state (B, D, N), and keys (B, R, Z) and values (B, R, V) of the R < C
         positions of an open chunk; without chunking, of all so far.
         """
         config, (D, V, Z), activation = self.config, self.sizes, ACTIVATIONS[self.config.activation]
-        state, old_k, old_v = past or (None, None, None)
+        state, *old = past or [None]
         n = self.norm(x) if config.normalize_before_mega else x
         v = dropout(activation(self.v_proj(n)), config.hidden_dropout_prob, self)
         m, state = self.ema_gate(n, None if mask is None else mask[:, -x.shape[1] :], state)
@@ -564,50 +587,77 @@ class MovingAverageGatedAttention(nn.Module):
         update, zr, hx = self.mx_proj(m).split([D, Z + V, D], -1)
         z, reset = F.silu(zr).split([Z, V], -1)
         q, k = (z.unsqueeze(-2) * self.qk_weight + self.qk_bias).unbind(-2)  # (B, L, Z)
-        if past is not None:
-            k, v = torch.cat([old_k, k], 1), torch.cat([old_v, v], 1)  # (B, R + L, ..)
-        candidate = activation(hx + self.h_proj(self.attend(q, k, v, mask) * reset))
-        candidate = dropout(candidate, config.dropout_prob, self)
-        y = x + torch.sigmoid(update) * (candidate - x)
-        y = y if config.normalize_before_mega else self.norm(y)
+        if old:
+            k, v = (torch.cat(pair, 1) for pair in zip(old, (k, v), strict=True))  # (B, R + L, ..)
+        attended, weights = self.attend(q, k, v, mask)
+        candidate = activation(hx + self.h_proj(attended * reset))
+        y = gate(x, update, candidate, self)
         if not use_cache:
-            return y, None
-        if state is None:
-            raise ValueError("this EMA mode has no state to cache; unset it, or use_cache=False")
+            return y, None, weights
+        require(state is not None, "this EMA mode has no state to cache; unset it, or use_cache")
         start = k.shape[1] - k.shape[1] % config.chunk_size if config.use_chunking else 0
         # Clones, or R positions would keep the memory of all alive.
-        return y, (state, *(t[:, start:].clone() for t in (k, v)))
+        return y, (state, *(t[:, start:].clone() for t in (k, v))), weights
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """q (B, L, Z), k (B, R + L, Z), v (B, R + L, V), mask (B, R + L) -> (B, L, V)."""
-        config, past, end = self.config, k.shape[1] - q.shape[1], k.shape[1]
-        chunk = config.attention_limit or end
-        # Three pieces at most: the rest of an open chunk, whole chunks, the start of a last one.
-        border = min(chunk, end) if past else 0
-        last = max(end // chunk * chunk, border)
-        outputs = []
-        for start, stop in ((past, border), (border, last), (last, end)):
-            if start == stop:
-                continue
-            first = start % chunk  # the first query's place in its chunk
-            width = min(chunk, first + stop - start)
-            queries = q[:, start - past : stop - past].unflatten(1, (-1, width - first))
-            keys, values = (t[:, start - first : stop].unflatten(1, (-1, width)) for t in (k, v))
-            visible = None
-            if mask is not None:
-                visible = mask[:, start - first : stop].unflatten(1, (-1, width)).unsqueeze(2)
-            if config.is_decoder:
-                causal = q.new_ones(width - first, width, dtype=torch.bool).tril(first)
-                visible = causal if visible is None else visible & causal
-            attention = ATTENTION_WEIGHTS[config.attention_activation]
-            weights = attention(queries, keys, self.rel_pos_bias(first, width), visible)
-            weights = F.dropout(weights, config.attention_probs_dropout_prob, self.training)
-            outputs.append((weights.to(values.dtype) @ values).flatten(1, 2))
-        return torch.cat(outputs, 1)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None):
+        """q (B, L, Z), k (B, R + L, Z), v (B, R + L, V), mask (B, R + L) -> (B, L, V), weights."""
+        L, end, causal = q.shape[1], k.shape[1], self.config.is_decoder
+        before, chunk = 0, min(self.config.attention_limit or end, end)
+        if end > chunk:  # pads make all chunks whole: queries for the past, and the last one's rest
+            before, after = end - L, -end % chunk
+            if after and mask is None and not causal:
+                mask = q.new_ones(len(q), end, dtype=torch.bool)
+            mask = None if mask is None else F.pad(mask, (0, after))
+            q, k, v = (F.pad(t, (0, 0, b, after)) for t, b in ((q, before), (k, 0), (v, 0)))
+        c = min(chunk, q.shape[1])
+        q, k, v = q.unflatten(1, (-1, c)), k.unflatten(1, (-1, chunk)), v.unflatten(1, (-1, chunk))
+        visible = None if mask is None else mask.unflatten(1, (-1, 1, chunk))
+        if causal:
+            past = q.new_ones(c, chunk, dtype=torch.bool).tril(chunk - c)
+            visible = past if visible is None else visible & past
+        bias = self.rel_pos_bias(chunk - c, chunk, chunk)
+        output, weights = attention(self, q, k, v, bias, visible)
+        return output.flatten(1, 2)[:, before : before + L], weights
+
+
+class GatedCrossAttention(nn.Module):
+    """A decoder's look at its encoder's states: they give keys and values (the paper's code)."""
+
+    def __init__(self, config: MegaConfig):
+        super().__init__()
+        D, Z = config.hidden_size, config.shared_representation_size
+        self.config, self.sizes = config, [D, D, Z]
+        self.norm = SequenceNorm(config, config.norm_affine)
+        self.k_proj, self.v_proj = linear(config, D, Z), linear(config, D, D)
+        self.q_proj, self.h_proj = linear(config, D, 2 * D + Z), linear(config, D, D)
+        self.rel_pos_bias = POSITION_BIASES[config.relative_positional_bias](config)
+
+    def forward(self, x: Tensor, source, mask=None, start: int = 0, past: tuple = ()):
+        """x (B, L, D) from position `start` on, source (B, S, D), mask (B, S), False at pads -> y
+        (B, L, D), keys (B, S, Z) and values (B, S, D), which as `past` replace the source, weights.
+        """
+        config, activation = self.config, ACTIVATIONS[self.config.activation]
+        k, v = past or (self.k_proj(source), activation(self.v_proj(source)))
+        n = self.norm(x) if config.normalize_before_mega else x
+        update, reset, q = self.q_proj(n).split(self.sizes, -1)
+        bias = self.rel_pos_bias(start, start + x.shape[1], k.shape[1])
+        visible = None if mask is None else mask.unsqueeze(1)
+        values = dropout(v, config.hidden_dropout_prob, self)
+        attended, weights = attention(self, q, k, values, bias, visible)
+        candidate = activation(self.h_proj(attended * F.silu(reset)))
+        return gate(x, update, candidate, self), (k, v), weights
+
+
+def gate(x: Tensor, update: Tensor, candidate: Tensor, layer: nn.Module) -> Tensor:
+    """As much of the candidate in x's place as the update gate lets through (equation 15)."""
+    candidate = dropout(candidate, layer.config.dropout_prob, layer)
+    y = x + torch.sigmoid(update) * (candidate - x)
+    return y if layer.config.normalize_before_mega else layer.norm(y)
 
 
 # -------------------------------------------------------------------------------------- 4 block
-# A block is the layer above and a feed-forward network (section 3.3), each with norm and residual.
+# A block is the layer above, in some decoders a cross-attention, and a feed-forward network
+# (section 3.3), each with norm and residual.
 
 
 class NormalizedFeedForward(nn.Module):
@@ -630,16 +680,24 @@ class NormalizedFeedForward(nn.Module):
 
 
 class MegaBlock(nn.Module):
-    """A layer and its feed-forward network; called as MovingAverageGatedAttention."""
+    """One layer of the model, with everything that a position goes through in it."""
 
     def __init__(self, config: MegaConfig):
         super().__init__()
         self.mega_layer = MovingAverageGatedAttention(config)
+        self.cross_attn = GatedCrossAttention(config) if config.add_cross_attention else None
         self.nffn = NormalizedFeedForward(config) if config.use_normalized_ffn else nn.Identity()
 
-    def forward(self, x: Tensor, mask=None, past: tuple | None = None, use_cache: bool = False):
-        y, past = self.mega_layer(x, mask, past, use_cache)
-        return self.nffn(y), past
+    def forward(self, x: Tensor, mask=None, past: tuple = (), use_cache=False, cross: tuple = ()):
+        """As MovingAverageGatedAttention, then with `cross`, its source, mask and start, as
+        GatedCrossAttention -> x (B, L, D), the past of both or None, the weights of each.
+        """
+        x, new, weights = self.mega_layer(x, mask, past[:3], use_cache)
+        crossed = None
+        if self.cross_attn is not None:
+            x, keys_values, crossed = self.cross_attn(x, *cross, past=past[3:])
+            new = (*new, *keys_values) if use_cache else None
+        return self.nffn(x), new, weights, crossed
 
 
 # -------------------------------------------------------------------------------------- 5 model
@@ -650,8 +708,9 @@ class MegaBlock(nn.Module):
 class MegaCache:
     """A decoder's memory of `length` positions; made with gradients on, it keeps their graph."""
 
-    layers: list[tuple[Tensor, Tensor, Tensor]]  # the past of MovingAverageGatedAttention.forward
+    layers: list[tuple]  # the past of each MegaBlock
     mask: Tensor | None  # (B, R), False at pads; None: no pads
+    source_mask: Tensor | None  # (B, S), the same of the encoder's states
     length: int
 
 
@@ -660,129 +719,365 @@ class MegaOutput:
     """What a model returns; None stands for what was not asked for."""
 
     loss: Tensor | None = None
-    logits: Tensor | None = None  # (B, L, vocab_size)
+    logits: Tensor | None = None  # the head says which
+    start_logits: Tensor | None = None  # (B, L), of question answering
+    end_logits: Tensor | None = None
     last_hidden_state: Tensor | None = None  # (B, L, D)
+    pooler_output: Tensor | None = None  # (B, D)
     cache: MegaCache | None = None
+    hidden_states: tuple | None = None  # (B, L, D) of the embedding and after each layer
+    attentions: tuple | None = None  # (B, K, C, C) of each layer, with pads in chunks cut short
+    cross_attentions: tuple | None = None  # (B, L, S) of each layer
 
 
-def check_ids(ids: Tensor, limit: int):
-    """ValueError unless `ids` is a non-empty (B, L) of integers from 0 to limit - 1."""
-    if ids.dim() != 2 or ids.numel() == 0 or ids.dtype not in (torch.int64, torch.int32):
-        found = f"{ids.dtype} {tuple(ids.shape)}"
-        raise ValueError(f"input_ids must be a non-empty integer tensor (B, L), got {found}")
-    # Only on a CPU: a look at the numbers would wait for a GPU.
-    for extreme in (ids.min(), ids.max()) if ids.device.type == "cpu" else ():
-        if not 0 <= extreme < limit:
-            raise ValueError(f"input_ids must be from 0 to {limit - 1}, got {extreme}")
+class MegaBase(nn.Module):
+    """What the bare model and those with a head share: a config, and files."""
 
-
-class MegaModel(nn.Module):
-    """Embeddings and blocks: token ids (B, L) to hidden states (B, L, D)."""
+    output = ""  # the name of a head's last layer
 
     def __init__(self, config: MegaConfig):
         super().__init__()
         self.config = config
-        words = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        words.weight.data.normal_(std=config.initializer_range)
+
+    def tie(self):
+        """Let a language model's output layer share the embedding's weight, if the config says."""
+        if self.config.tie_word_embeddings and self.output.endswith("lm_head"):
+            words = self.mega.embedding_layer["word_embeddings"]
+            getattr(self, self.output).weight = words.weight
+
+    def resize_token_embeddings(self, size: int):
+        """Keep the first `size` tokens, or add new ones; output layer and config follow."""
+        replace(self.config, vocab_size=size)  # a ValueError if it can't be
+        for name, layer in self.named_modules():
+            if name.endswith(("word_embeddings", "lm_head")):
+                for key, old in list(layer.named_parameters()):
+                    std = self.config.initializer_range if old.dim() > 1 else 0  # biases start at 0
+                    new = old.data.new_empty(size, *old.shape[1:]).normal_(std=std)
+                    new[: len(old)] = old.data[:size]
+                    setattr(layer, key, nn.Parameter(new))
+                layer.num_embeddings = layer.out_features = size
+        self.config.vocab_size = size
+        self.tie()
+
+    def save_pretrained(self, folder: str):
+        """Write config.json and model.safetensors, first under other names, so that old ones stay."""
+        from safetensors.torch import save
+
+        weights = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        if self.config.tie_word_embeddings and self.output.endswith("lm_head"):
+            del weights[f"{self.output}.weight"]
+        config = {**self.config.to_dict(), "architectures": [type(self).__name__]}
+        files = {"config.json": json.dumps(config, indent=2).encode()}
+        files["model.safetensors"] = save(weights, metadata={"format": "pt"})
+        os.makedirs(folder, exist_ok=True)
+        for name, content in files.items():
+            with open(os.path.join(folder, name + ".part"), "wb") as file:
+                file.write(content)
+        for name in files:
+            os.replace(os.path.join(folder, name + ".part"), os.path.join(folder, name))
+
+    @classmethod
+    def from_pretrained(cls, source: str, ignore_mismatched_sizes: bool = False, **settings):
+        """The model, in eval mode, of a folder or a hub id `owner/name`, with settings changed.
+
+        OSError and ValueError say what can't be read or does not fit. A head or cross-attention
+        that the file lacks, and with ignore_mismatched_sizes all that does not fit, stays as
+        initialised, and one warning names it.
+        """
+        with open(find_file(source, "config.json"), encoding="utf-8") as file:
+            model = cls(MegaConfig.from_dict(json.load(file), **settings))
+        weights, fresh = read_weights(source), []
+        if cls.output.endswith("lm_head"):  # a tied file has only one of the two
+            words, output = "embedding_layer.word_embeddings.weight", f"{cls.output}.weight"
+            weights.setdefault(output, weights.get(words))
+            if model.config.tie_word_embeddings:  # as in Hugging Face's library, the output's wins
+                weights[words] = weights[output]
+        for name, tensor in model.state_dict().items():
+            value = weights.pop(name.removeprefix("mega."), None)
+            if ignore_mismatched_sizes and value is not None and "ema_gate" in name:
+                value = value[: len(tensor)]  # of two directions the first, from left to right
+            if value is not None and value.shape == tensor.shape:
+                tensor.copy_(value)
+                continue
+            optional = ignore_mismatched_sizes or (value is None and not re.search(BACKBONE, name))
+            require(optional, f"{source}: {misfit(model.config, name, value, tensor)}")
+            fresh.append(name)
+        unused = [n for n in weights if re.search(BACKBONE, n) and "_float_tensor" not in n]
+        if fresh or unused:
+            said = f"initialised anew: {', '.join(fresh)}; not used: {', '.join(unused)}"
+            warnings.warn(f"{source}: {said}", stacklevel=2)
+        return model.eval()
+
+
+class MegaModel(MegaBase):
+    """Embeddings and blocks: token ids (B, L) to hidden states (B, L, D)."""
+
+    def __init__(self, config: MegaConfig, add_pooling_layer: bool = True):
+        super().__init__(config)
+        D, std = config.hidden_size, config.initializer_range
+        tables = {"word_embeddings": nn.Embedding(config.vocab_size, D, config.pad_token_id)}
+        if config.add_token_type_embeddings:
+            tables["token_type_embeddings"] = nn.Embedding(config.type_vocab_size, D)
+        for table in tables.values():
+            table.weight.data.normal_(std=std)
         if config.pad_token_id is not None:
-            words.weight.data[config.pad_token_id] = 0
-        self.embedding_layer = nn.ModuleDict({"word_embeddings": words})
+            tables["word_embeddings"].weight.data[config.pad_token_id] = 0
+        self.embedding_layer = nn.ModuleDict(tables)
         self.layers = nn.ModuleList(MegaBlock(config) for _ in range(config.num_hidden_layers))
         self.final_norm = SequenceNorm(config, False) if config.final_norm else nn.Identity()
+        self.pooler = nn.ModuleDict({"dense": linear(config, D, D)}) if add_pooling_layer else None
 
-    def forward(self, input_ids, attention_mask=None, cache=None, use_cache=None) -> MegaOutput:
-        """input_ids (B, L), attention_mask (B, L) of any dtype, 0 at pads -> last_hidden_state.
+    def forward(
+        self, input_ids=None, attention_mask=None, token_type_ids=None, inputs_embeds=None,
+        encoder_hidden_states=None, encoder_attention_mask=None, cache=None, use_cache=None,
+        output_attentions=False, output_hidden_states=False,
+    ) -> MegaOutput:  # fmt: skip
+        """input_ids (B, L) or inputs_embeds (B, L, D) -> last_hidden_state (B, L, D), and more.
 
-        A MegaCache given is always used: input_ids, one or many, go on where it ends, and the mask
-        is theirs or that of all ids since the start. `use_cache` asks for the cache after them;
-        None means config.use_cache for a decoder in eval mode.
+        attention_mask (B, L) of any dtype is 0 at pads. token_type_ids (B, L), 0 if not given, are
+        read where the config has types. A decoder with cross-attention needs encoder_hidden_states
+        (B, S, D), with encoder_attention_mask (B, S) if they have pads.
+
+        A MegaCache given is always used: the input, of any length, goes on where it ends, the
+        encoder's states are those of the start, and the mask is the input's or that of all since
+        then. `use_cache` asks for the cache after the input; None means config.use_cache for a
+        decoder in eval mode.
         """
-        config = self.config
+        config, source, source_mask = self.config, encoder_hidden_states, encoder_attention_mask
         can_cache = config.is_decoder and config.truncation is None
         if use_cache is None:
             use_cache = config.use_cache and can_cache and not self.training
-        if (use_cache or cache is not None) and not can_cache:
-            settings = f"is_decoder={config.is_decoder} and truncation={config.truncation}"
-            raise ValueError(f"a cache needs is_decoder=True and truncation=None, got {settings}")
-        check_ids(input_ids, config.vocab_size)
-        x = self.embedding_layer["word_embeddings"](input_ids)
-        x = x * math.sqrt(x.shape[-1]) if config.scale_embedding else x
-        mask, layers = key_mask(x, attention_mask, cache), []
-        pasts = [None] * len(self.layers) if cache is None else cache.layers
+        settings = f"got is_decoder={config.is_decoder} and truncation={config.truncation}"
+        valid = can_cache or not (use_cache or cache)
+        require(valid, f"a cache needs is_decoder=True and truncation=None, {settings}")
+        x = self.embed(input_ids, inputs_embeds, token_type_ids)
+        mask, start, pasts = key_mask(x, attention_mask, cache), 0, [()] * len(self.layers)
+        if cache is not None:
+            start, pasts, source_mask = cache.length, cache.layers, cache.source_mask
+        elif config.add_cross_attention or source is not None:
+            fits = config.add_cross_attention and source is not None
+            require(fits, "add_cross_attention=True and encoder_hidden_states need each other")
+            check_shape("encoder_hidden_states", source, len(x), "S", x.shape[2])
+            if source_mask is not None:
+                check_shape("encoder_attention_mask", source_mask, *source.shape[:2])
+                source_mask = source_mask != 0
+        layers, hidden, maps = [], [x], []
         for layer, past in zip(self.layers, pasts, strict=True):
-            x, past = layer(x, mask, past, use_cache)
+            x, past, *weights = layer(x, mask, past, use_cache, (source, source_mask, start))
             layers.append(past)
+            hidden += [x] if output_hidden_states else []
+            maps += [weights] if output_attentions else []
         out = MegaOutput(last_hidden_state=self.final_norm(x))
+        out.hidden_states = tuple(hidden) if output_hidden_states else None
+        if output_attentions:
+            out.attentions, crossed = zip(*maps, strict=True)
+            out.cross_attentions = crossed if config.add_cross_attention else None
+        if self.pooler is not None:
+            pooled = pool(config, out.last_hidden_state, attention_mask)
+            out.pooler_output = torch.tanh(self.pooler["dense"](pooled))
         if use_cache:
             kept = None if mask is None else mask[:, mask.shape[1] - layers[0][1].shape[1] :]
-            length = x.shape[1] + (0 if cache is None else cache.length)
-            out.cache = MegaCache(layers, kept, length)
+            out.cache = MegaCache(layers, kept, source_mask, start + x.shape[1])
         return out
+
+    def embed(self, input_ids, inputs_embeds, token_type_ids) -> Tensor:
+        """What the first layer sees, (B, L, D)."""
+        config, x = self.config, inputs_embeds
+        require((input_ids is None) != (x is None), "give input_ids or inputs_embeds, not both")
+        if x is None:
+            check_ids("input_ids", input_ids, config.vocab_size)
+            x = self.embedding_layer["word_embeddings"](input_ids)
+            x = x * math.sqrt(config.hidden_size) if config.scale_embedding else x
+        check_shape("inputs_embeds", x, "B", "L", config.hidden_size)
+        if config.add_token_type_embeddings:
+            zeros = torch.zeros_like(x[..., 0], dtype=torch.int64)
+            types = zeros if token_type_ids is None else token_type_ids
+            check_ids("token_type_ids", types, config.type_vocab_size, *x.shape[:2])
+            x = x + self.embedding_layer["token_type_embeddings"](types)
+        return x
+
+
+def check_ids(name: str, ids: Tensor, limit: int, *shape: int):
+    """ValueError unless `ids` is a non-empty (B, L) of integers from 0 to limit - 1."""
+    check_shape(name, ids, *(shape or "BL"))
+    require(ids.dtype in (torch.int64, torch.int32), f"{name} must be integers, got {ids.dtype}")
+    # Only on a CPU: a look at the numbers would wait for a GPU.
+    for extreme in (ids.min(), ids.max()) if ids.device.type == "cpu" else ():
+        require(0 <= extreme < limit, f"{name} must be from 0 to {limit - 1}, got {extreme}")
 
 
 def key_mask(x: Tensor, mask: Tensor | None, cache: MegaCache | None) -> Tensor | None:
     """The mask (B, R + L) of what is remembered and x (B, L, D), True if visible; None: all is."""
-    (B, L, _), old, length, R = x.shape, None, 0, 0
+    (B, L, _), old, start, R = x.shape, None, 0, 0
     if cache is not None:
-        old, length, (rows, R, _) = cache.mask, cache.length, cache.layers[0][1].shape
-        if rows != B:
-            raise ValueError(f"the cache has {rows} rows and input_ids {B}; they must be the same")
+        old, start, (rows, R, _) = cache.mask, cache.length, cache.layers[0][1].shape
+        require(rows == B, f"the cache has {rows} rows and the input {B}; they must be the same")
     if mask is None and old is None:
         return None
-    if mask is None or mask.shape == (B, L):  # the mask of x alone
-        old = x.new_ones(B, R, dtype=torch.bool) if old is None else old
-        new = x.new_ones(B, L, dtype=torch.bool) if mask is None else mask != 0
-        return torch.cat([old, new], 1)
-    if mask.shape == (B, length + L):  # of all since the start
-        return mask[:, length - R :] != 0
-    shapes = " or ".join(dict.fromkeys((f"({B}, {L})", f"({B}, {length + L})")))
-    raise ValueError(f"attention_mask must have the shape {shapes}, got {tuple(mask.shape)}")
+    if mask is not None and mask.shape == (B, start + L):  # of all since the start
+        return mask[:, start - R :] != 0
+    mask = x.new_ones(B, L) if mask is None else mask
+    check_shape("attention_mask", mask, B, L)
+    old = x.new_ones(B, R) if old is None else old
+    return torch.cat([old, mask], 1) != 0
+
+
+def pool(config: MegaConfig, x: Tensor, mask: Tensor | None) -> Tensor:
+    """One vector for each row, (B, L, D) -> (B, D): its first or, with mean_pooling, its mean."""
+    if not config.mean_pooling:
+        return x[:, 0]
+    visible = torch.ones_like(x[..., 0]) if mask is None else (mask[:, -x.shape[1] :] != 0).to(x)
+    return (x * (visible / visible.sum(1, keepdim=True).clamp(min=1)).unsqueeze(-1)).sum(1)
 
 
 # -------------------------------------------------------------------------------------- 6 heads
 # A head is its layers and its loss on top of the model.
 
 
-class MegaForCausalLM(nn.Module):
-    """Predicts the next token."""
+class MegaHead(MegaBase):
+    """A model and a head: the layer named `output` on `features` of the hidden states, a loss."""
+
+    output, pooled = "classifier", False
+
+    def __init__(self, config: MegaConfig, output: nn.Module, p: float = 0.0):
+        super().__init__(config)
+        self.mega, self.dropout = MegaModel(config, self.pooled), nn.Dropout(p)
+        self.add_module(self.output, output)
+        self.tie()
+
+    def forward(self, input_ids=None, attention_mask=None, *, labels=None, **inputs) -> MegaOutput:
+        """Arguments as MegaModel's; with labels, -100 for none, also their mean loss."""
+        out = self.mega(input_ids, attention_mask, **inputs)
+        out.logits = self.logits(out, attention_mask)
+        out.loss = None if labels is None else self.loss(at_least_fp32(out.logits), labels)
+        return out
+
+    def logits(self, out: MegaOutput, mask: Tensor | None = None) -> Tensor:
+        return getattr(self, self.output)(self.features(out, mask))
+
+    def features(self, out: MegaOutput, mask: Tensor | None) -> Tensor:
+        return self.dropout(out.last_hidden_state)
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return cross_entropy(logits, labels)
+
+
+class MegaForTokenClassification(MegaHead):
+    """Scores for each token: logits (B, L, num_labels), labels (B, L)."""
 
     def __init__(self, config: MegaConfig):
-        super().__init__()
-        if not config.is_decoder:
-            mend = "for a model from left to right set is_decoder=True and bidirectional=False"
-            warnings.warn(f"is_decoder=False lets each token see its future; {mend}", stacklevel=2)
-        self.config, D = config, config.hidden_size
-        self.mega = MegaModel(config)
-        self.dense = linear(config, D, D) if config.add_lm_hidden_dense_layer else None
-        self.lm_head = linear(config, D, config.vocab_size)
-        if config.tie_word_embeddings:
-            self.lm_head.weight = self.mega.embedding_layer["word_embeddings"].weight
+        output = linear(config, config.hidden_size, config.num_labels)
+        super().__init__(config, output, classifier_dropout(config))
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(..., D) -> (..., vocab_size)."""
-        return self.lm_head(hidden if self.dense is None else torch.tanh(self.dense(hidden)))
+
+def classifier_dropout(config: MegaConfig) -> float:
+    p = config.classifier_dropout
+    return config.hidden_dropout_prob if p is None else p
+
+
+class MegaForSequenceClassification(MegaHead):
+    """Scores for each row: logits (B, num_labels).
+
+    labels are numbers, (B) if num_labels is 1, classes (B), or flags (B, num_labels): as
+    problem_type says, or else numbers for one label, classes if integers, flags if floats.
+    """
+
+    def __init__(self, config: MegaConfig):
+        D, p = config.hidden_size, classifier_dropout(config)
+        layers = {"before": nn.Dropout(p), "dense": linear(config, D, D), "tanh": nn.Tanh()}
+        layers |= {"after": nn.Dropout(p), "out_proj": linear(config, D, config.num_labels)}
+        super().__init__(config, nn.Sequential(OrderedDict(layers)))
+
+    def features(self, out: MegaOutput, mask: Tensor | None) -> Tensor:
+        return pool(self.config, out.last_hidden_state, mask)
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        flags = labels.is_floating_point() or labels.dtype == torch.bool
+        kind = "multi_label_classification" if flags else "single_label_classification"
+        kind = "regression" if logits.shape[-1] == 1 else kind
+        return PROBLEM_TYPES[self.config.problem_type or kind](logits, labels)
+
+
+class MegaForMultipleChoice(MegaHead):
+    """Scores for each row's choices: inputs (B, choices, L), logits (B, choices), labels (B)."""
+
+    pooled = True
+
+    def __init__(self, config: MegaConfig):
+        super().__init__(config, linear(config, config.hidden_size, 1), config.hidden_dropout_prob)
+
+    def forward(self, input_ids=None, attention_mask=None, *, labels=None, **inputs) -> MegaOutput:
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}
+        flat = {k: x.flatten(0, 1) if torch.is_tensor(x) else x for k, x in inputs.items()}
+        out, rows = super().forward(**flat), [len(x) for x in inputs.values() if torch.is_tensor(x)]
+        out.logits = out.logits.view(rows[0], -1)
+        out.loss = None if labels is None else self.loss(at_least_fp32(out.logits), labels)
+        return out
+
+    def features(self, out: MegaOutput, mask: Tensor | None) -> Tensor:
+        return self.dropout(out.pooler_output)
+
+
+class MegaForQuestionAnswering(MegaHead):
+    """Scores of each position as an answer's first and last: start_logits, end_logits (B, L)."""
+
+    output = "qa_outputs"
+
+    def __init__(self, config: MegaConfig):
+        require(config.num_labels == 2, f"num_labels must be 2 here, got {config.num_labels}")
+        super().__init__(config, linear(config, config.hidden_size, 2))
 
     def forward(
-        self,
-        input_ids,
-        attention_mask=None,
-        labels=None,
-        cache=None,
-        use_cache=None,
-        shift_labels=True,
-    ) -> MegaOutput:
-        """Arguments as MegaModel's; with labels (B, L), -100 ignored, also the mean loss in nats.
+        self, input_ids=None, attention_mask=None, *, start_positions=None, end_positions=None,
+        **inputs,
+    ) -> MegaOutput:  # fmt: skip
+        """Positions (B) give the loss, the mean of both; those outside of the row are left out."""
+        out = super().forward(input_ids, attention_mask, **inputs)
+        out.start_logits, out.end_logits = out.logits.unbind(-1)
+        if start_positions is not None and end_positions is not None:
+            logits, L = at_least_fp32(out.logits).mT, out.logits.shape[1]  # (B, 2, L)
+            places = [p.flatten().clamp(0, L) for p in (start_positions, end_positions)]
+            losses = [cross_entropy(logits[:, i], places[i], ignored=L) for i in (0, 1)]
+            out.loss = sum(losses) / 2
+        return out
 
-        labels[t] is the token at t, predicted from those before it; with shift_labels=False it is
+
+class LanguageModel(MegaHead):
+    """Scores of the vocabulary at each position: logits (B, L, vocab_size), labels (B, L)."""
+
+    def __init__(self, config: MegaConfig):
+        if config.is_decoder != (self.output == "lm_head"):
+            sight = "hides from each token" if config.is_decoder else "shows each token"
+            said = f"is_decoder={config.is_decoder} {sight} what follows it"
+            warnings.warn(f"{said}: not what {type(self).__name__} is for", stacklevel=2)
+        D = config.hidden_size
+        super().__init__(config, linear(config, D, config.vocab_size))
+        self.dense = linear(config, D, D) if config.add_lm_hidden_dense_layer else None
+
+    def features(self, out: MegaOutput, mask: Tensor | None) -> Tensor:
+        hidden = out.last_hidden_state
+        return hidden if self.dense is None else torch.tanh(self.dense(hidden))
+
+
+class MegaForMaskedLM(LanguageModel):
+    """Names the tokens behind masks; labels are -100 where there is none to name."""
+
+    output = "mlm_head"
+
+
+class MegaForCausalLM(LanguageModel):
+    """Predicts the next token: a decoder, is_decoder=True and bidirectional=False."""
+
+    output = "lm_head"
+
+    def forward(self, input_ids=None, attention_mask=None, *, labels=None, shift_labels=True,
+                **inputs) -> MegaOutput:  # fmt: skip
+        """labels[t] is the token at t, predicted from those before it, or with shift_labels=False
         the token after t, so that L inputs train L predictions. Pads count unless labelled -100.
         """
-        out = self.mega(input_ids, attention_mask, cache, use_cache)
-        out.logits = self.logits(out.last_hidden_state)
-        if labels is not None:
-            logits = at_least_fp32(out.logits[:, :-1] if shift_labels else out.logits)
-            labels = labels[:, 1:] if shift_labels else labels
-            out.loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten().long())
-        return out
+        if labels is not None and shift_labels:
+            labels = F.pad(labels[:, 1:], (0, 1), value=-100)
+        return super().forward(input_ids, attention_mask, labels=labels, **inputs)
 
     # --------------------------------------------------------------------------- 7 generation
     # One pass over the prompt fills the cache; from there each token costs one step.
@@ -790,38 +1085,43 @@ class MegaForCausalLM(nn.Module):
     @torch.no_grad()
     def generate(
         self, input_ids, max_new_tokens: int, temperature=1.0, top_k=None, top_p=None,
-        eos_token_id=None, attention_mask=None, seed=None, stream=None,
+        eos_token_id=None, attention_mask=None, seed=None, stream=None, **inputs
     ) -> Tensor:  # fmt: skip
         """Continue input_ids (B, L): returns (B, L + new), new <= max_new_tokens.
 
         Temperature 0 takes the likeliest token; top_k and top_p limit the draw to the likeliest.
         After its eos_token_id (None: there is none) a row is filled with pads, or eos where the
-        config has no pad, and the call ends when all rows are.
-        Pads in front (attention_mask 0) change nothing for a row. `seed` makes draws repeatable,
-        all rows sharing one stream; `stream` is called with each new token (B,).
+        config has no pad, and the call ends when all rows are. Pads in front (attention_mask 0)
+        change nothing for a row. `seed` makes draws repeatable, all rows sharing one stream;
+        `stream` is called with each new token (B,). Other inputs are MegaModel's: an encoder's
+        states and mask, and token types, of which new tokens have the last.
         """
         valid = top_k is None or top_k >= 1, top_p is None or 0 < top_p <= 1
-        if not (max_new_tokens >= 0 and 0 <= temperature < math.inf and all(valid)):
-            got = f"{max_new_tokens}, {temperature}, {top_k} and {top_p}"
-            rules = "max_new_tokens >= 0, temperature >= 0, top_k >= 1 and top_p in (0, 1]"
-            raise ValueError(f"generate needs {rules}, got {got}")
-        check_ids(input_ids, self.config.vocab_size)
-        (B, L), chunk, pad = input_ids.shape, self.config.attention_limit, self.config.pad_token_id
-        if chunk is None:
-            self.config.check_length("prompt and new tokens:", L + max(max_new_tokens - 1, 0))
+        valid = max_new_tokens >= 0 and 0 <= temperature < math.inf and all(valid)
+        rules = "max_new_tokens >= 0, temperature >= 0, top_k >= 1 and top_p in (0, 1]"
+        got = f"{max_new_tokens}, {temperature}, {top_k} and {top_p}"
+        require(valid, f"generate needs {rules}, got {got}")
+        config, pad = self.config, self.config.pad_token_id
+        check_ids("input_ids", input_ids, config.vocab_size)
+        (B, L), device = input_ids.shape, input_ids.device
+        if not config.use_chunking:
+            config.check_length("prompt and new tokens:", L + max(max_new_tokens - 1, 0))
         if attention_mask is not None:
-            check_left_padding(attention_mask != 0, input_ids, chunk)
-        generator = None if seed is None else torch.Generator(input_ids.device).manual_seed(seed)
-        done = torch.zeros(B, dtype=torch.bool, device=input_ids.device)
+            check_left_padding(config, attention_mask != 0, input_ids)
+        generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+        done = torch.zeros(B, dtype=torch.bool, device=device)
         ids, start, end, cache = F.pad(input_ids, (0, max_new_tokens)), 0, L, None
         training = {module: module.training for module in self.modules()}
         self.eval()
         try:
             while end < ids.shape[1] and not done.all():
-                out = self.mega(ids[:, start:end], attention_mask, cache=cache, use_cache=True)
+                new = ids[:, start:end]
+                out = self.mega(new, attention_mask, cache=cache, use_cache=True, **inputs)
                 cache, attention_mask = out.cache, None
-                logits = at_least_fp32(self.logits(out.last_hidden_state[:, -1]))
-                token = draw(logits, temperature, top_k, top_p, generator)
+                if inputs.get("token_type_ids") is not None:
+                    inputs["token_type_ids"] = inputs["token_type_ids"][:, -1:]
+                out.last_hidden_state = out.last_hidden_state[:, -1]
+                token = draw(at_least_fp32(self.logits(out)), temperature, top_k, top_p, generator)
                 if eos_token_id is not None:
                     token = token.masked_fill(done, eos_token_id if pad is None else pad)
                     done = done | (token == eos_token_id)
@@ -834,60 +1134,17 @@ class MegaForCausalLM(nn.Module):
                 module.training = was_training
         return ids[:, :end]
 
-    # -------------------------------------------------------------------------------- 8 files
-    # A folder in Hugging Face's layout: config.json and model.safetensors.
 
-    def save_pretrained(self, folder: str):
-        """Write the folder: all files under other names first, so that old ones stay till then."""
-        from safetensors.torch import save
-
-        weights = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
-        if self.config.tie_word_embeddings:
-            del weights["lm_head.weight"]
-        config = {**self.config.to_dict(), "architectures": [type(self).__name__]}
-        files = {"config.json": json.dumps(config, indent=2).encode()}
-        files["model.safetensors"] = save(weights, metadata={"format": "pt"})
-        os.makedirs(folder, exist_ok=True)
-        for name, content in files.items():
-            with open(os.path.join(folder, name + ".part"), "wb") as file:
-                file.write(content)
-        for name in files:
-            os.replace(os.path.join(folder, name + ".part"), os.path.join(folder, name))
-
-    @classmethod
-    def from_pretrained(cls, folder: str) -> "MegaForCausalLM":
-        """The model of a folder, in eval mode.
-
-        OSError, ValueError or safetensors' SafetensorError say what is wrong with it.
-        """
-        from safetensors.torch import load_file
-
-        with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
-            model = cls(MegaConfig.from_dict(json.load(file)))
-        weights, own = load_file(os.path.join(folder, "model.safetensors")), model.state_dict()
-        if model.config.tie_word_embeddings:
-            embedding = "mega.embedding_layer.word_embeddings.weight"
-            weights[embedding] = weights.setdefault("lm_head.weight", weights.get(embedding))
-        for name, tensor in own.items():
-            found = tuple(weights[name].shape) if weights.get(name) is not None else "missing"
-            if found != tuple(tensor.shape):
-                asked = f"its config.json asks for {tuple(tensor.shape)}"
-                raise ValueError(f"{folder}: tensor {name} is {found}, but {asked}")
-        model.load_state_dict({name: weights[name] for name in own})
-        return model.eval()
-
-
-def check_left_padding(visible: Tensor, ids: Tensor, chunk: int | None):
-    """ValueError unless each row (B, L) is pads, then tokens, and cut into chunks as if alone."""
-    if visible.shape != ids.shape:
-        shapes = f"{tuple(ids.shape)}, got {tuple(visible.shape)}"
-        raise ValueError(f"attention_mask must have the shape of input_ids {shapes}")
-    pads = (~visible).sum(1)
-    if (visible.cumsum(1) > 0).ne(visible).any() or not visible[:, -1].all():
-        raise ValueError("generate needs the pads in front of each row's tokens")
-    if chunk is not None and (pads % chunk).any():
-        mend = "give a chunked model rows of one length, or one row at a time"
-        raise ValueError(f"pads {pads.tolist()} move the borders of chunks of {chunk}; {mend}")
+def check_left_padding(config: MegaConfig, visible: Tensor, ids: Tensor):
+    """ValueError unless each row (B, L) is pads, then tokens that stand as if they were alone."""
+    check_shape("attention_mask", visible, *ids.shape)
+    left = (visible.cumsum(1) > 0).eq(visible).all() and visible[:, -1].all()
+    require(left, "generate needs the pads in front of each row's tokens")
+    pads, moved = (~visible).sum(1), "an encoder's states" if config.add_cross_attention else ""
+    if config.use_chunking and (pads % config.chunk_size).any():
+        moved = f"the borders of chunks of {config.chunk_size}"
+    mend = "give rows of one length, or one row at a time"
+    require(not (moved and pads.any()), f"pads {pads.tolist()} move tokens against {moved}; {mend}")
 
 
 def draw(logits: Tensor, temperature: float, top_k, top_p, generator) -> Tensor:
@@ -903,3 +1160,59 @@ def draw(logits: Tensor, temperature: float, top_k, top_p, generator) -> Tensor:
         late = p.cumsum(-1) - p >= top_p  # those before it hold top_p already; never the likeliest
         logits = logits.masked_fill(late.scatter(-1, index, late), -math.inf)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
+
+
+# -------------------------------------------------------------------------------------- 8 files
+# A checkpoint is a config.json, and weights in one file or in shards that an index lists.
+
+WEIGHT_FILES = ["model.safetensors", "pytorch_model.bin"]
+WEIGHT_FILES += [f"{name}.index.json" for name in WEIGHT_FILES]
+BACKBONE = r"layers\.\d+\.(mega_layer|nffn)\.|word_embeddings"  # what no checkpoint may lack
+
+
+def find_file(source: str, *names: str) -> str:
+    """The path of the first of `names` that a folder has or else a repository of the hub."""
+    for path in (os.path.join(source, name) for name in names):
+        if os.path.exists(path):
+            return path
+    if os.path.isdir(source) or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+        raise FileNotFoundError(f"{source} has no {' or '.join(names)}")
+    from data.hub import find_file  # only a hub id needs more than this file
+
+    return find_file(source, *names)
+
+
+def read_weights(source: str) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, named as in a bare model or, outside of that, in a head."""
+    from safetensors.torch import load_file
+
+    paths, weights = [find_file(source, *WEIGHT_FILES)], {}
+    if paths[0].endswith(".json"):
+        with open(paths[0], encoding="utf-8") as file:
+            shards = sorted(set(json.load(file)["weight_map"].values()))
+        paths = [find_file(source, os.path.basename(shard)) for shard in shards]
+    for path in paths:
+        try:
+            safe = path.endswith(".safetensors")
+            weights |= load_file(path) if safe else torch.load(path, "cpu", weights_only=True)
+        except Exception as error:  # damaged files make the readers raise many kinds
+            raise ValueError(f"{path} can't be read ({error})") from error
+    # torch.compile and DDP leave prefixes, and a head calls the bare model `mega`.
+    plain = {name: re.sub(r"\b(_orig_mod|module)\.", "", name) for name in weights}
+    return {plain[name].removeprefix("mega."): tensor for name, tensor in weights.items()}
+
+
+def misfit(config: MegaConfig, name: str, found: Tensor | None, asked: Tensor) -> str:
+    """What is wrong with a file's tensor, the settings that explain it, and the way on."""
+    if found is None:
+        return f"tensor {name} is missing; its kinds of layers, norms or biases are others"
+    said = f"tensor {name} is {tuple(found.shape)}, but the config asks for {tuple(asked.shape)}"
+    new = "with ignore_mismatched_sizes=True what does not fit starts anew"
+    if "ema_gate" in name and len(found) == 2 * len(asked):
+        return f"{said}; the file is of a model with bidirectional=True, is_decoder=False; {new}"
+    if "ema_gate" in name and 2 * len(found) == len(asked):
+        return f"{said}; the file is of a model with bidirectional=False; {new}"
+    sizes = {a for a, b in zip(asked.shape, found.shape, strict=False) if a != b}
+    numbers = {f.name: getattr(config, f.name) for f in fields(config) if f.type is int}
+    settings = [f"{n}={x}" for n, x in numbers.items() if {x, 2 * x - 1} & sizes]
+    return f"{said}, by {' or '.join(settings)}; {new}"

@@ -1,38 +1,72 @@
-"""Continue a prompt with a trained model.
+"""Continue a prompt, or fill its masks, with a trained model.
 
 python sample.py --prompt "The function"
 echo "The function" | python sample.py --temperature 0
+python sample.py --model mnaylor/mega-base-wikitext --task fill-mask \
+    --prompt "Paris is the <mask> of France"
 """
 
 import codecs
+import json
 import sys
+import warnings
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 
-from data.prepare import Parser, Tokenizer, UserError, decode, load_tokenizer, run, short
-from mega import MegaForCausalLM
+from data.prepare import (
+    Parser,
+    RobertaTokenizer,
+    Tokenizer,
+    UserError,
+    decode,
+    load_roberta,
+    load_tokenizer,
+    run,
+    short,
+)
+from mega import MegaForCausalLM, MegaForMaskedLM, draw, find_file
+
+KINDS = {"MegaForCausalLM": MegaForCausalLM, "MegaForMaskedLM": MegaForMaskedLM}
 
 
-def load_model(folder: Path) -> tuple[MegaForCausalLM, Tokenizer]:
-    """The checkpoint of a folder, in eval mode, and its tokenizer."""
+def load_model(source: str | Path):
+    """The language model of a folder or hub id, in eval mode, and its tokenizer."""
     try:
-        model = MegaForCausalLM.from_pretrained(folder)
+        config = json.loads(Path(find_file(str(source), "config.json")).read_text("utf-8"))
+        kind = "MegaForCausalLM" if config.get("is_decoder") else "MegaForMaskedLM"
+        kind = (config.get("architectures") or [kind])[0]
+        if kind not in KINDS:
+            raise UserError(f"{source} is a {kind}; sample.py needs a {' or a '.join(KINDS)}")
+        model = KINDS[kind].from_pretrained(str(source))
     except FileNotFoundError as error:
-        name = Path(error.filename or "model.safetensors").name
-        missing = f"there is no checkpoint in {folder} ({name} is missing)"
-        raise UserError(f"{missing}; python train.py makes one, --out_dir names another") from None
+        mend = "python train.py makes one, --model names another"
+        raise UserError(f"there is no checkpoint in {source} ({error}); {mend}") from None
     except (OSError, ValueError, TypeError, AttributeError, SafetensorError) as error:
-        raise UserError(f"the checkpoint in {folder} can't be read ({short(error)})") from None
-    codec = load_tokenizer(folder)
-    if codec.size != model.config.vocab_size:
-        sizes = f"{codec.size} tokens and its model {model.config.vocab_size}"
-        raise UserError(f"{folder}'s tokenizer has {sizes}; they do not belong together")
+        raise UserError(f"the checkpoint in {source} can't be read ({short(error)})") from None
+    codec = find_tokenizer(str(source))
+    sizes = f"{codec.size} tokens and its model {model.config.vocab_size}"
+    # The table of a published model is sometimes padded to a round number of rows.
+    padded = isinstance(codec, RobertaTokenizer) and codec.size < model.config.vocab_size
+    if codec.size != model.config.vocab_size and not padded:
+        raise UserError(f"{source}'s tokenizer has {sizes}; they do not belong together")
     return model, codec
 
 
-def continue_text(model: MegaForCausalLM, codec: Tokenizer, prompt: str, write, **options):
+def find_tokenizer(source: str) -> Tokenizer | RobertaTokenizer:
+    try:
+        first = Path(find_file(source, "tokenizer_meta.json", "vocab.json"))
+        if first.name == "vocab.json":
+            return load_roberta(first, Path(find_file(source, "merges.txt")))
+        return load_tokenizer(Path(find_file(source, "tokenizer.tiktoken")).parent)
+    except FileNotFoundError as error:
+        raise UserError(f"{source} has no tokenizer: {error}") from None
+    except OSError as error:
+        raise UserError(f"{source}'s tokenizer can't be read ({short(error)})") from None
+
+
+def continue_text(model: MegaForCausalLM | MegaForMaskedLM, codec, prompt: str, write, **options):
     """Call `write` with the pieces of the prompt's continuation, as they come.
 
     An empty prompt starts a new document, and a document's end ends the sample. `options` are
@@ -48,8 +82,49 @@ def continue_text(model: MegaForCausalLM, codec: Tokenizer, prompt: str, write, 
 
     device = next(model.parameters()).device
     ids = torch.tensor([ids], device=device)
-    model.generate(ids, eos_token_id=codec.end_of_text, stream=stream, **options)
+    if isinstance(model, MegaForCausalLM):
+        model.generate(ids, eos_token_id=codec.end_of_text, stream=stream, **options)
+    else:
+        append_masks(model, codec, ids, stream, **options)
     write(decoder.decode(b"", final=True))
+
+
+@torch.no_grad()
+def append_masks(model, codec, ids, stream, max_new_tokens, temperature, top_k, top_p, seed):
+    """Continue ids (1, L) with a masked language model: put a mask behind them, fill it, again."""
+    mask = ids.new_tensor([[mask_of(codec)]])
+    generator = torch.Generator(ids.device).manual_seed(seed)
+    for _ in range(max_new_tokens):
+        logits = model(torch.cat([ids, mask], 1)).logits[:, -1]
+        token = draw(logits.float(), temperature, top_k, top_p, generator)
+        stream(token)
+        if token.item() == codec.end_of_text:
+            break
+        ids = torch.cat([ids, token.unsqueeze(1)], 1)
+
+
+def mask_of(codec) -> int:
+    if getattr(codec, "mask", None) is None:
+        raise UserError("this model's vocabulary has no <mask>; use a checkpoint that has")
+    return codec.mask
+
+
+@torch.no_grad()
+def fill_masks(model: MegaForMaskedLM, codec: RobertaTokenizer, prompt: str, write, count: int):
+    """Write the `count` likeliest tokens for each <mask> of the prompt, with probabilities."""
+    if not isinstance(model, MegaForMaskedLM):
+        raise UserError("--task fill-mask needs a MegaForMaskedLM, this is a MegaForCausalLM")
+    ids = torch.tensor([[*codec.encode(prompt), codec.end_of_text]])
+    masks = (ids[0] == mask_of(codec)).nonzero().flatten()
+    if len(masks) == 0:
+        raise UserError(f"--task fill-mask needs a prompt with <mask> in it, got {prompt!r}")
+    logits = model(ids.to(next(model.parameters()).device)).logits[0, masks].float()
+    probabilities, tokens = logits.softmax(-1).topk(min(count, logits.shape[-1]))
+    for i in range(len(masks)):
+        write(f"mask {i + 1} of {len(masks)}\n" * (len(masks) > 1))
+        for p, token in zip(probabilities[i].tolist(), tokens[i].tolist(), strict=True):
+            text = codec.decode_bytes([token]).decode("utf-8", "replace")
+            write(f"{p:7.2%} {text!r}\n")
 
 
 def choose_device(name: str) -> torch.device:
@@ -71,10 +146,17 @@ def read_prompt(prompt: str | None) -> str:
     return (prompt or "").encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
+def note(text):
+    print(f"note: {text}", file=sys.stderr)
+
+
 def main():
     parser = Parser(__doc__)
     parser.add_argument("--prompt", help='text to continue; "-" or a pipe: standard input')
-    parser.add_argument("--out_dir", default="out", help="the checkpoint (default: out)")
+    help_model = "the checkpoint: a folder, or owner/name on Hugging Face's hub (default: out)"
+    parser.add_argument("--model", "--out_dir", default="out", help=help_model)
+    tasks = ("generate", "fill-mask")
+    parser.add_argument("--task", default="generate", choices=tasks, help="default: generate")
     parser.add_argument("--max_new_tokens", type=int, default=200, help="default: 200")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: greedy (default: 0.8)")
     parser.add_argument("--top_k", type=int, help="draw from the k likeliest tokens only")
@@ -83,18 +165,35 @@ def main():
     parser.add_argument("--num_samples", type=int, default=1, help="default: 1")
     parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: auto)")
     options = vars(parser.parse_args())
-    samples, seed = options.pop("num_samples"), options.pop("seed")
-    if samples < 1:
-        raise UserError(f"--num_samples must be at least 1, got {samples}")
-    if not 0 <= seed < 1 << 63:
-        raise UserError(f"--seed must be from 0 to 2^63 - 1, got {seed}")
+    top_k, top_p, temperature = options["top_k"], options["top_p"], options["temperature"]
+    for name, valid, rule in (
+        ("num_samples", options["num_samples"] >= 1, "at least 1"),
+        ("seed", 0 <= options["seed"] < 1 << 63, "from 0 to 2^63 - 1"),
+        ("max_new_tokens", options["max_new_tokens"] >= 0, "0 or more"),
+        ("temperature", 0 <= temperature < float("inf"), "0 or more"),
+        ("top_k", top_k is None or top_k >= 1, "at least 1"),
+        ("top_p", top_p is None or 0 < top_p <= 1, "above 0 and at most 1"),
+    ):
+        if not valid:
+            raise UserError(f"--{name} must be {rule}, got {options[name]}")
+    samples, seed, task = options.pop("num_samples"), options.pop("seed"), options.pop("task")
     device, prompt = choose_device(options.pop("device")), read_prompt(options.pop("prompt"))
-    model, codec = load_model(Path(options.pop("out_dir")))
+    warnings.showwarning = lambda message, *_: note(message)
+    source = options.pop("model")
+    model, codec = load_model(source)
     model.to(device)
 
     def write(text: str):
         print(text, end="", flush=True)
 
+    if task == "fill-mask":
+        return fill_masks(model, codec, prompt, write, top_k or 5)
+    if isinstance(model, MegaForMaskedLM):
+        note(
+            f"{source} learned to fill masks from the text on both sides. Here it fills one mask "
+            "after another at the end of the text, with nothing to the right: expect weak text, "
+            "and a pass over all of it for each token. --task fill-mask is what it was made for."
+        )
     for i in range(samples):
         write(f"--- sample {i + 1} of {samples}\n" * (samples > 1) + prompt)
         try:

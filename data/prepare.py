@@ -14,7 +14,6 @@ import argparse
 import ast
 import base64
 import hashlib
-import http.client
 import json
 import os
 import re
@@ -22,7 +21,6 @@ import sys
 import sysconfig
 import time
 import urllib.error
-import urllib.request
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -31,9 +29,13 @@ from pathlib import Path
 import numpy as np
 import rustbpe
 import tiktoken
-from tqdm import tqdm
 
 DATA = Path(__file__).resolve().parent
+if not __package__:  # run as a script, Python looks for modules in data/ alone
+    sys.path.insert(0, str(DATA.parent))
+
+from data import hub
+
 WIKITEXT = {  # addresses in the order to try, size in bytes and sha256 if known, lines of a split
     "wikitext-2": {
         "urls": [
@@ -52,9 +54,9 @@ WIKITEXT = {  # addresses in the order to try, size in bytes and sha256 if known
 SPLITS = {"train": "train", "val": "valid|val|validation", "test": "test"}
 ENDINGS = {".txt", ".md", ".rst", ".raw", ".tokens", ".text"}  # of text files
 TOKENIZERS = ("bpe", "bytes", "gpt2")
-TIMEOUT = 20  # seconds without an answer before a download is given up
 # GPT-2's way to cut text into words, written without look-ahead, which rustbpe does not know.
 WORD_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+"
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 BYTE_PATTERN = r"[\s\S]"
 
 
@@ -98,6 +100,58 @@ class Tokenizer:
 
     def decode(self, ids: list[int]) -> str:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+
+class RobertaTokenizer:
+    """RoBERTa's: GPT-2's byte-level BPE in tiktoken, with ids of its own and special tokens.
+
+    `vocab` (vocab.json) gives each token's id, `merges` (merges.txt) the pairs to merge, in order.
+    """
+
+    def __init__(self, vocab: dict[str, int], merges: list[list[str]]):
+        plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        others = [byte for byte in range(256) if byte not in plain]
+        # GPT-2 writes each byte as a character that can be seen: a space is Ġ.
+        characters = {chr(byte): byte for byte in plain}
+        characters |= {chr(256 + i): byte for i, byte in enumerate(others)}
+        written = {bytes([byte]): character for character, byte in characters.items()}
+        for left, right in merges:
+            token = left + right
+            written.setdefault(bytes(characters[c] for c in token), token)
+        ranks = {token: rank for rank, token in enumerate(written)}
+        special = [name for name in vocab if re.fullmatch("<[^<>]+>", name)]
+        self.encoding = tiktoken.Encoding(
+            "roberta",
+            pat_str=GPT2_PATTERN,
+            mergeable_ranks=ranks,
+            special_tokens={name: len(ranks) + i for i, name in enumerate(special)},
+        )
+        ids = [vocab.get(name, vocab["<unk>"]) for name in written.values()]
+        self.ids = [*ids, *(vocab[name] for name in special)]  # of tiktoken's ranks
+        self.bytes = dict(zip(ids, written, strict=True))
+        self.start, self.end_of_text, self.mask = vocab["<s>"], vocab["</s>"], vocab.get("<mask>")
+        self.size = max(vocab.values()) + 1
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of <s> and the text, in which special tokens are what they are called."""
+        text = re.sub(r"\s+<mask>", "<mask>", text)  # a mask stands for a word and its space
+        return [
+            self.start,
+            *(self.ids[r] for r in self.encoding.encode(text, allowed_special="all")),
+        ]
+
+    def decode_bytes(self, ids: list[int]) -> bytes:
+        """The text without special tokens."""
+        return b"".join(self.bytes.get(i, b"") for i in ids)
+
+
+def load_roberta(vocab: Path, merges: Path) -> RobertaTokenizer:
+    try:
+        lines = merges.read_text("utf-8").splitlines()
+        pairs = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+        return RobertaTokenizer(json.loads(vocab.read_text("utf-8")), pairs)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"the tokenizer in {vocab.parent} is damaged ({short(error)})") from None
 
 
 def new_tokenizer(kind: str, vocab_size: int, documents: list[str]) -> Tokenizer:
@@ -165,44 +219,21 @@ def write_whole(path: Path, content):
 
 
 def download(url: str, path: Path, size: int | None = None, sha256: str | None = None):
-    """Fetch a zip into a file, checked; DownloadError, and nothing left, if it is not whole."""
-    part, digest, got = path.with_name(path.name + ".part"), hashlib.sha256(), 0
-    path.parent.mkdir(parents=True, exist_ok=True)
-    answer = pieces(url)
-    expected = next(answer) or size
+    """Fetch a zip into a file, checked; DownloadError, and nothing left, if it is not the one."""
+    new = path.with_name(path.name + ".new")
     try:
-        with (
-            open(part, "wb") as file,
-            tqdm(total=expected, unit="B", unit_scale=True, desc=path.name, disable=None) as bar,
-        ):
-            for piece in answer:
-                file.write(piece)
-                digest.update(piece)
-                got += len(piece)
-                bar.update(len(piece))
-        if expected is not None and got != expected:
-            raise DownloadError(f"{url} broke off after {got:,} of {expected:,} bytes; try again")
-        if sha256 and digest.hexdigest() != sha256:
+        hub.download(url, str(new))
+        if size is not None and new.stat().st_size != size:
+            raise DownloadError(f"{url} has {new.stat().st_size:,} bytes, not {size:,}")
+        if sha256 and hashlib.sha256(new.read_bytes()).hexdigest() != sha256:
             raise DownloadError(f"{url} is not the expected file: its sha256 differs")
-        if not zipfile.is_zipfile(part):
+        if not zipfile.is_zipfile(new):
             raise DownloadError(f"{url} gave something else than a zip file")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def pieces(url: str):
-    """First the length that a host announces, or None, then the content bit by bit."""
-    # One host answers 403 to Python's own User-Agent.
-    request = urllib.request.Request(url, headers={"User-Agent": "mega-prepare/1.0"})
-    try:
-        with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
-            length = answer.headers.get("Content-Length")
-            yield int(length) if length else None
-            while piece := answer.read(1 << 16):
-                yield piece
-    except (OSError, http.client.HTTPException, ValueError) as error:
+        os.replace(new, path)
+    except (OSError, ValueError) as error:
         raise DownloadError(f"{url} could not be downloaded ({short(error)})") from None
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def decode(content: bytes, name: str) -> str:
