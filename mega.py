@@ -20,11 +20,11 @@ Parameters have Hugging Face's names, so that checkpoints fit. Two are swapped a
 import functools
 import json
 import math
-import os
 import re
 import warnings
 from collections import OrderedDict
 from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -641,7 +641,7 @@ class GatedCrossAttention(nn.Module):
         n = self.norm(x) if config.normalize_before_mega else x
         update, reset, q = self.q_proj(n).split(self.sizes, -1)
         bias = self.rel_pos_bias(start, start + x.shape[1], k.shape[1])
-        visible = None if mask is None else mask.unsqueeze(1)
+        visible = None if mask is None else mask.unsqueeze(1) != 0
         values = dropout(v, config.hidden_dropout_prob, self)
         attended, weights = attention(self, q, k, values, bias, visible)
         candidate = activation(self.h_proj(attended * F.silu(reset)))
@@ -710,8 +710,21 @@ class MegaCache:
 
     layers: list[tuple]  # the past of each MegaBlock
     mask: Tensor | None  # (B, R), False at pads; None: no pads
-    source_mask: Tensor | None  # (B, S), the same of the encoder's states
+    source_mask: Tensor | None  # (B, S), 0 at pads of the encoder's states
     length: int
+
+    def key_mask(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
+        """The mask (B, R + L) of what is cached and x (B, L, D), True if visible; None: all is."""
+        (B, L, _), (rows, R) = x.shape, self.layers[0][1].shape[:2] if self.length else (len(x), 0)
+        require(rows == B, f"the cache has {rows} rows and the input {B}; they must be the same")
+        if mask is None and self.mask is None:
+            return None
+        mask = x.new_ones(B, L) if mask is None else mask
+        if mask.shape != (B, self.length + L):  # not of all since the start
+            check_shape("attention_mask", mask, B, L)
+            old = x.new_ones(B, R) if self.mask is None else self.mask
+            mask = torch.cat([old, mask], 1)
+        return mask[:, -R - L :] != 0
 
 
 @dataclass
@@ -731,66 +744,55 @@ class MegaOutput:
 
 
 class MegaBase(nn.Module):
-    """What the bare model and those with a head share: a config, and files."""
+    """What the bare model and those with a head share: their vocabulary's size, and files."""
 
     output = ""  # the name of a head's last layer
-
-    def __init__(self, config: MegaConfig):
-        super().__init__()
-        self.config = config
-
-    def tie(self):
-        """Let a language model's output layer share the embedding's weight, if the config says."""
-        if self.config.tie_word_embeddings and self.output.endswith("lm_head"):
-            words = self.mega.embedding_layer["word_embeddings"]
-            getattr(self, self.output).weight = words.weight
+    backbone = r"layers\.\d+\.(mega_layer|nffn)\.|word_embeddings"  # what no checkpoint may lack
 
     def resize_token_embeddings(self, size: int):
         """Keep the first `size` tokens, or add new ones; output layer and config follow."""
         replace(self.config, vocab_size=size)  # a ValueError if it can't be
+        resized = {}  # so that tied parameters stay one
         for name, layer in self.named_modules():
             if name.endswith(("word_embeddings", "lm_head")):
                 for key, old in list(layer.named_parameters()):
                     std = self.config.initializer_range if old.dim() > 1 else 0  # biases start at 0
                     new = old.data.new_empty(size, *old.shape[1:]).normal_(std=std)
                     new[: len(old)] = old.data[:size]
-                    setattr(layer, key, nn.Parameter(new))
+                    setattr(layer, key, resized.setdefault(old, nn.Parameter(new)))
                 layer.num_embeddings = layer.out_features = size
         self.config.vocab_size = size
-        self.tie()
 
     def save_pretrained(self, folder: str):
-        """Write config.json and model.safetensors, first under other names, so that old ones stay."""
+        """Write config.json and model.safetensors, whole or not at all: under other names first."""
         from safetensors.torch import save
 
-        weights = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
-        if self.config.tie_word_embeddings and self.output.endswith("lm_head"):
-            del weights[f"{self.output}.weight"]
+        tensors = [*self.named_parameters(), *self.named_buffers()]  # a tied one only once
+        weights = {name: tensor.data.contiguous() for name, tensor in tensors}
         config = {**self.config.to_dict(), "architectures": [type(self).__name__]}
         files = {"config.json": json.dumps(config, indent=2).encode()}
         files["model.safetensors"] = save(weights, metadata={"format": "pt"})
-        os.makedirs(folder, exist_ok=True)
+        Path(folder).mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
-            with open(os.path.join(folder, name + ".part"), "wb") as file:
-                file.write(content)
+            Path(folder, name + ".part").write_bytes(content)
         for name in files:
-            os.replace(os.path.join(folder, name + ".part"), os.path.join(folder, name))
+            Path(folder, name + ".part").replace(Path(folder, name))
 
     @classmethod
     def from_pretrained(cls, source: str, ignore_mismatched_sizes: bool = False, **settings):
         """The model, in eval mode, of a folder or a hub id `owner/name`, with settings changed.
 
-        OSError and ValueError say what can't be read or does not fit. A head or cross-attention
-        that the file lacks, and with ignore_mismatched_sizes all that does not fit, stays as
-        initialised, and one warning names it.
+        OSError and ValueError say what can't be read or does not fit. A warning names what stays
+        as initialised: a head or cross-attention that the file lacks, and with
+        ignore_mismatched_sizes all that does not fit.
         """
-        with open(find_file(source, "config.json"), encoding="utf-8") as file:
-            model = cls(MegaConfig.from_dict(json.load(file), **settings))
+        config = json.loads(Path(find_file(source, "config.json")).read_text("utf-8"))
+        model = cls(MegaConfig.from_dict(config, **settings))
         weights, fresh = read_weights(source), []
-        if cls.output.endswith("lm_head"):  # a tied file has only one of the two
+        if cls.output.endswith("lm_head"):  # a tied file has one of two; else the output's wins
             words, output = "embedding_layer.word_embeddings.weight", f"{cls.output}.weight"
             weights.setdefault(output, weights.get(words))
-            if model.config.tie_word_embeddings:  # as in Hugging Face's library, the output's wins
+            if model.config.tie_word_embeddings:
                 weights[words] = weights[output]
         for name, tensor in model.state_dict().items():
             value = weights.pop(name.removeprefix("mega."), None)
@@ -799,10 +801,12 @@ class MegaBase(nn.Module):
             if value is not None and value.shape == tensor.shape:
                 tensor.copy_(value)
                 continue
-            optional = ignore_mismatched_sizes or (value is None and not re.search(BACKBONE, name))
+            optional = ignore_mismatched_sizes or (
+                value is None and not re.search(cls.backbone, name)
+            )
             require(optional, f"{source}: {misfit(model.config, name, value, tensor)}")
             fresh.append(name)
-        unused = [n for n in weights if re.search(BACKBONE, n) and "_float_tensor" not in n]
+        unused = [n for n in weights if re.search(cls.backbone, n) and "_float_tensor" not in n]
         if fresh or unused:
             said = f"initialised anew: {', '.join(fresh)}; not used: {', '.join(unused)}"
             warnings.warn(f"{source}: {said}", stacklevel=2)
@@ -813,13 +817,13 @@ class MegaModel(MegaBase):
     """Embeddings and blocks: token ids (B, L) to hidden states (B, L, D)."""
 
     def __init__(self, config: MegaConfig, add_pooling_layer: bool = True):
-        super().__init__(config)
-        D, std = config.hidden_size, config.initializer_range
+        super().__init__()
+        self.config, D = config, config.hidden_size
         tables = {"word_embeddings": nn.Embedding(config.vocab_size, D, config.pad_token_id)}
         if config.add_token_type_embeddings:
             tables["token_type_embeddings"] = nn.Embedding(config.type_vocab_size, D)
         for table in tables.values():
-            table.weight.data.normal_(std=std)
+            table.weight.data.normal_(std=config.initializer_range)
         if config.pad_token_id is not None:
             tables["word_embeddings"].weight.data[config.pad_token_id] = 0
         self.embedding_layer = nn.ModuleDict(tables)
@@ -827,43 +831,36 @@ class MegaModel(MegaBase):
         self.final_norm = SequenceNorm(config, False) if config.final_norm else nn.Identity()
         self.pooler = nn.ModuleDict({"dense": linear(config, D, D)}) if add_pooling_layer else None
 
-    def forward(
-        self, input_ids=None, attention_mask=None, token_type_ids=None, inputs_embeds=None,
-        encoder_hidden_states=None, encoder_attention_mask=None, cache=None, use_cache=None,
-        output_attentions=False, output_hidden_states=False,
-    ) -> MegaOutput:  # fmt: skip
+    def forward(self, input_ids=None, attention_mask=None, token_type_ids=None, inputs_embeds=None,
+                encoder_hidden_states=None, encoder_attention_mask=None, cache=None, use_cache=None,
+                output_attentions=False, output_hidden_states=False) -> MegaOutput:  # fmt: skip
         """input_ids (B, L) or inputs_embeds (B, L, D) -> last_hidden_state (B, L, D), and more.
 
-        attention_mask (B, L) of any dtype is 0 at pads. token_type_ids (B, L), 0 if not given, are
-        read where the config has types. A decoder with cross-attention needs encoder_hidden_states
-        (B, S, D), with encoder_attention_mask (B, S) if they have pads.
-
+        Masks, (B, L) and (B, S), of any dtype are 0 at pads; token types (B, L) are read where the
+        config has them, 0 if not given; cross-attention needs encoder_hidden_states (B, S, D).
         A MegaCache given is always used: the input, of any length, goes on where it ends, the
         encoder's states are those of the start, and the mask is the input's or that of all since
-        then. `use_cache` asks for the cache after the input; None means config.use_cache for a
-        decoder in eval mode.
+        then. `use_cache` asks for the cache after the input, by default of a decoder in eval mode.
         """
         config, source, source_mask = self.config, encoder_hidden_states, encoder_attention_mask
         can_cache = config.is_decoder and config.truncation is None
         if use_cache is None:
             use_cache = config.use_cache and can_cache and not self.training
-        settings = f"got is_decoder={config.is_decoder} and truncation={config.truncation}"
-        valid = can_cache or not (use_cache or cache)
-        require(valid, f"a cache needs is_decoder=True and truncation=None, {settings}")
+        said = f"a cache needs a decoder, got {config.is_decoder=} and {config.truncation=}"
+        require(can_cache or not (use_cache or cache), said)
         x = self.embed(input_ids, inputs_embeds, token_type_ids)
-        mask, start, pasts = key_mask(x, attention_mask, cache), 0, [()] * len(self.layers)
-        if cache is not None:
-            start, pasts, source_mask = cache.length, cache.layers, cache.source_mask
-        elif config.add_cross_attention or source is not None:
-            fits = config.add_cross_attention and source is not None
+        if cache is None:  # one of nothing
+            fits = config.add_cross_attention == (source is not None)
             require(fits, "add_cross_attention=True and encoder_hidden_states need each other")
-            check_shape("encoder_hidden_states", source, len(x), "S", x.shape[2])
-            if source_mask is not None:
+            if source is not None:
+                check_shape("encoder_hidden_states", source, len(x), "S", x.shape[2])
+            if source is not None and source_mask is not None:
                 check_shape("encoder_attention_mask", source_mask, *source.shape[:2])
-                source_mask = source_mask != 0
-        layers, hidden, maps = [], [x], []
-        for layer, past in zip(self.layers, pasts, strict=True):
-            x, past, *weights = layer(x, mask, past, use_cache, (source, source_mask, start))
+            cache = MegaCache([()] * len(self.layers), None, source_mask, 0)
+        cross = source, cache.source_mask, cache.length
+        mask, layers, hidden, maps = cache.key_mask(x, attention_mask), [], [x], []
+        for layer, past in zip(self.layers, cache.layers, strict=True):
+            x, past, *weights = layer(x, mask, past, use_cache, cross)
             layers.append(past)
             hidden += [x] if output_hidden_states else []
             maps += [weights] if output_attentions else []
@@ -873,16 +870,16 @@ class MegaModel(MegaBase):
             out.attentions, crossed = zip(*maps, strict=True)
             out.cross_attentions = crossed if config.add_cross_attention else None
         if self.pooler is not None:
-            pooled = pool(config, out.last_hidden_state, attention_mask)
+            pooled = self.pool(out.last_hidden_state, attention_mask)
             out.pooler_output = torch.tanh(self.pooler["dense"](pooled))
         if use_cache:
             kept = None if mask is None else mask[:, mask.shape[1] - layers[0][1].shape[1] :]
-            out.cache = MegaCache(layers, kept, source_mask, start + x.shape[1])
+            out.cache = MegaCache(layers, kept, cache.source_mask, cache.length + x.shape[1])
         return out
 
-    def embed(self, input_ids, inputs_embeds, token_type_ids) -> Tensor:
-        """What the first layer sees, (B, L, D)."""
-        config, x = self.config, inputs_embeds
+    def embed(self, input_ids, x: Tensor | None, types) -> Tensor:
+        """What the first layer sees, (B, L, D): of ids, or x itself, and of token types."""
+        config = self.config
         require((input_ids is None) != (x is None), "give input_ids or inputs_embeds, not both")
         if x is None:
             check_ids("input_ids", input_ids, config.vocab_size)
@@ -890,11 +887,18 @@ class MegaModel(MegaBase):
             x = x * math.sqrt(config.hidden_size) if config.scale_embedding else x
         check_shape("inputs_embeds", x, "B", "L", config.hidden_size)
         if config.add_token_type_embeddings:
-            zeros = torch.zeros_like(x[..., 0], dtype=torch.int64)
-            types = zeros if token_type_ids is None else token_type_ids
+            types = x.new_zeros(x.shape[:2], dtype=torch.int64) if types is None else types
             check_ids("token_type_ids", types, config.type_vocab_size, *x.shape[:2])
             x = x + self.embedding_layer["token_type_embeddings"](types)
         return x
+
+    def pool(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """One vector for each row of x (B, L, D), (B, D): its first or, with mean_pooling, mean."""
+        if not self.config.mean_pooling:
+            return x[:, 0]
+        mask = x.new_ones(x.shape[:2]) if mask is None else mask[:, -x.shape[1] :]
+        visible = (mask != 0).to(x)
+        return (x * (visible / visible.sum(1, keepdim=True).clamp(min=1)).unsqueeze(-1)).sum(1)
 
 
 def check_ids(name: str, ids: Tensor, limit: int, *shape: int):
@@ -906,44 +910,20 @@ def check_ids(name: str, ids: Tensor, limit: int, *shape: int):
         require(0 <= extreme < limit, f"{name} must be from 0 to {limit - 1}, got {extreme}")
 
 
-def key_mask(x: Tensor, mask: Tensor | None, cache: MegaCache | None) -> Tensor | None:
-    """The mask (B, R + L) of what is remembered and x (B, L, D), True if visible; None: all is."""
-    (B, L, _), old, start, R = x.shape, None, 0, 0
-    if cache is not None:
-        old, start, (rows, R, _) = cache.mask, cache.length, cache.layers[0][1].shape
-        require(rows == B, f"the cache has {rows} rows and the input {B}; they must be the same")
-    if mask is None and old is None:
-        return None
-    if mask is not None and mask.shape == (B, start + L):  # of all since the start
-        return mask[:, start - R :] != 0
-    mask = x.new_ones(B, L) if mask is None else mask
-    check_shape("attention_mask", mask, B, L)
-    old = x.new_ones(B, R) if old is None else old
-    return torch.cat([old, mask], 1) != 0
-
-
-def pool(config: MegaConfig, x: Tensor, mask: Tensor | None) -> Tensor:
-    """One vector for each row, (B, L, D) -> (B, D): its first or, with mean_pooling, its mean."""
-    if not config.mean_pooling:
-        return x[:, 0]
-    visible = torch.ones_like(x[..., 0]) if mask is None else (mask[:, -x.shape[1] :] != 0).to(x)
-    return (x * (visible / visible.sum(1, keepdim=True).clamp(min=1)).unsqueeze(-1)).sum(1)
-
-
 # -------------------------------------------------------------------------------------- 6 heads
 # A head is its layers and its loss on top of the model.
 
 
 class MegaHead(MegaBase):
-    """A model and a head: the layer named `output` on `features` of the hidden states, a loss."""
+    """A model, and on its `features` dropout, a linear layer named `output`, and a loss."""
 
-    output, pooled = "classifier", False
+    output, pooled, loss = "classifier", False, staticmethod(cross_entropy)
 
-    def __init__(self, config: MegaConfig, output: nn.Module, p: float = 0.0):
-        super().__init__(config)
-        self.mega, self.dropout = MegaModel(config, self.pooled), nn.Dropout(p)
-        self.add_module(self.output, output)
-        self.tie()
+    def __init__(self, config: MegaConfig, size: int, p: float | None = 0.0):
+        super().__init__()
+        self.config, self.mega = config, MegaModel(config, self.pooled)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob if p is None else p)
+        self.add_module(self.output, linear(config, config.hidden_size, size))
 
     def forward(self, input_ids=None, attention_mask=None, *, labels=None, **inputs) -> MegaOutput:
         """Arguments as MegaModel's; with labels, -100 for none, also their mean loss."""
@@ -953,26 +933,17 @@ class MegaHead(MegaBase):
         return out
 
     def logits(self, out: MegaOutput, mask: Tensor | None = None) -> Tensor:
-        return getattr(self, self.output)(self.features(out, mask))
+        return getattr(self, self.output)(self.dropout(self.features(out, mask)))
 
     def features(self, out: MegaOutput, mask: Tensor | None) -> Tensor:
-        return self.dropout(out.last_hidden_state)
-
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return cross_entropy(logits, labels)
+        return out.pooler_output if self.pooled else out.last_hidden_state
 
 
 class MegaForTokenClassification(MegaHead):
     """Scores for each token: logits (B, L, num_labels), labels (B, L)."""
 
     def __init__(self, config: MegaConfig):
-        output = linear(config, config.hidden_size, config.num_labels)
-        super().__init__(config, output, classifier_dropout(config))
-
-
-def classifier_dropout(config: MegaConfig) -> float:
-    p = config.classifier_dropout
-    return config.hidden_dropout_prob if p is None else p
+        super().__init__(config, config.num_labels, config.classifier_dropout)
 
 
 class MegaForSequenceClassification(MegaHead):
@@ -983,13 +954,13 @@ class MegaForSequenceClassification(MegaHead):
     """
 
     def __init__(self, config: MegaConfig):
-        D, p = config.hidden_size, classifier_dropout(config)
-        layers = {"before": nn.Dropout(p), "dense": linear(config, D, D), "tanh": nn.Tanh()}
-        layers |= {"after": nn.Dropout(p), "out_proj": linear(config, D, config.num_labels)}
-        super().__init__(config, nn.Sequential(OrderedDict(layers)))
+        super().__init__(config, config.num_labels, config.classifier_dropout)
+        layers = {"dense": linear(config, config.hidden_size, config.hidden_size)}
+        layers |= {"tanh": nn.Tanh(), "dropout": self.dropout, "out_proj": self.classifier}
+        self.classifier = nn.Sequential(OrderedDict(layers))
 
     def features(self, out: MegaOutput, mask: Tensor | None) -> Tensor:
-        return pool(self.config, out.last_hidden_state, mask)
+        return self.mega.pool(out.last_hidden_state, mask)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         flags = labels.is_floating_point() or labels.dtype == torch.bool
@@ -1004,7 +975,7 @@ class MegaForMultipleChoice(MegaHead):
     pooled = True
 
     def __init__(self, config: MegaConfig):
-        super().__init__(config, linear(config, config.hidden_size, 1), config.hidden_dropout_prob)
+        super().__init__(config, 1, config.hidden_dropout_prob)
 
     def forward(self, input_ids=None, attention_mask=None, *, labels=None, **inputs) -> MegaOutput:
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}
@@ -1014,30 +985,28 @@ class MegaForMultipleChoice(MegaHead):
         out.loss = None if labels is None else self.loss(at_least_fp32(out.logits), labels)
         return out
 
-    def features(self, out: MegaOutput, mask: Tensor | None) -> Tensor:
-        return self.dropout(out.pooler_output)
-
 
 class MegaForQuestionAnswering(MegaHead):
-    """Scores of each position as an answer's first and last: start_logits, end_logits (B, L)."""
+    """Scores of each position as an answer's first and last: start_logits, end_logits (B, L).
+
+    Positions (B) give the loss, the mean of both; those outside of the row are left out.
+    """
 
     output = "qa_outputs"
 
     def __init__(self, config: MegaConfig):
         require(config.num_labels == 2, f"num_labels must be 2 here, got {config.num_labels}")
-        super().__init__(config, linear(config, config.hidden_size, 2))
+        super().__init__(config, 2)
 
-    def forward(
-        self, input_ids=None, attention_mask=None, *, start_positions=None, end_positions=None,
-        **inputs,
-    ) -> MegaOutput:  # fmt: skip
-        """Positions (B) give the loss, the mean of both; those outside of the row are left out."""
-        out = super().forward(input_ids, attention_mask, **inputs)
+    def forward(self, *args, start_positions=None, end_positions=None, **inputs) -> MegaOutput:
+        out = super().forward(*args, **inputs)
         out.start_logits, out.end_logits = out.logits.unbind(-1)
         if start_positions is not None and end_positions is not None:
-            logits, L = at_least_fp32(out.logits).mT, out.logits.shape[1]  # (B, 2, L)
-            places = [p.flatten().clamp(0, L) for p in (start_positions, end_positions)]
-            losses = [cross_entropy(logits[:, i], places[i], ignored=L) for i in (0, 1)]
+            L, places = out.logits.shape[1], (start_positions, end_positions)
+            scores = at_least_fp32(out.logits).unbind(-1)  # a place outside is L
+            losses = [
+                cross_entropy(x, p.clamp(0, L), L) for x, p in zip(scores, places, strict=True)
+            ]
             out.loss = sum(losses) / 2
         return out
 
@@ -1047,12 +1016,13 @@ class LanguageModel(MegaHead):
 
     def __init__(self, config: MegaConfig):
         if config.is_decoder != (self.output == "lm_head"):
-            sight = "hides from each token" if config.is_decoder else "shows each token"
-            said = f"is_decoder={config.is_decoder} {sight} what follows it"
-            warnings.warn(f"{said}: not what {type(self).__name__} is for", stacklevel=2)
+            said = f"is_decoder={config.is_decoder} is not what {type(self).__name__} is for"
+            warnings.warn(f"{said}: it says whether a token sees those after it", stacklevel=2)
+        super().__init__(config, config.vocab_size)
         D = config.hidden_size
-        super().__init__(config, linear(config, D, config.vocab_size))
         self.dense = linear(config, D, D) if config.add_lm_hidden_dense_layer else None
+        if config.tie_word_embeddings:
+            getattr(self, self.output).weight = self.mega.embedding_layer["word_embeddings"].weight
 
     def features(self, out: MegaOutput, mask: Tensor | None) -> Tensor:
         hidden = out.last_hidden_state
@@ -1066,85 +1036,77 @@ class MegaForMaskedLM(LanguageModel):
 
 
 class MegaForCausalLM(LanguageModel):
-    """Predicts the next token: a decoder, is_decoder=True and bidirectional=False."""
+    """Predicts the next token: a decoder, is_decoder=True and bidirectional=False.
+
+    labels[t] is the token at t, predicted from those before it, or with shift_labels=False the
+    token after t, so that L inputs train L predictions. Pads count unless labelled -100.
+    """
 
     output = "lm_head"
 
-    def forward(self, input_ids=None, attention_mask=None, *, labels=None, shift_labels=True,
-                **inputs) -> MegaOutput:  # fmt: skip
-        """labels[t] is the token at t, predicted from those before it, or with shift_labels=False
-        the token after t, so that L inputs train L predictions. Pads count unless labelled -100.
-        """
+    def forward(self, *args, labels=None, shift_labels=True, **inputs) -> MegaOutput:
         if labels is not None and shift_labels:
             labels = F.pad(labels[:, 1:], (0, 1), value=-100)
-        return super().forward(input_ids, attention_mask, labels=labels, **inputs)
+        return super().forward(*args, labels=labels, **inputs)
 
     # --------------------------------------------------------------------------- 7 generation
     # One pass over the prompt fills the cache; from there each token costs one step.
 
     @torch.no_grad()
-    def generate(
-        self, input_ids, max_new_tokens: int, temperature=1.0, top_k=None, top_p=None,
-        eos_token_id=None, attention_mask=None, seed=None, stream=None, **inputs
-    ) -> Tensor:  # fmt: skip
+    def generate(self, input_ids, max_new_tokens: int, temperature=1.0, top_k=None, top_p=None,
+                 eos_token_id=None, attention_mask=None, seed=None, stream=None,
+                 token_type_ids=None, **inputs) -> Tensor:  # fmt: skip
         """Continue input_ids (B, L): returns (B, L + new), new <= max_new_tokens.
 
         Temperature 0 takes the likeliest token; top_k and top_p limit the draw to the likeliest.
-        After its eos_token_id (None: there is none) a row is filled with pads, or eos where the
-        config has no pad, and the call ends when all rows are. Pads in front (attention_mask 0)
-        change nothing for a row. `seed` makes draws repeatable, all rows sharing one stream;
-        `stream` is called with each new token (B,). Other inputs are MegaModel's: an encoder's
-        states and mask, and token types, of which new tokens have the last.
+        After its eos_token_id a row is filled with pads, or eos where the config has no pad, and
+        the call ends when all rows are. Pads in front (attention_mask 0) change nothing for a row.
+        `seed` makes draws repeatable; `stream` is called with each new token (B,). Other inputs are
+        MegaModel's: an encoder's states and mask, and token types; new tokens have the last type.
         """
         valid = top_k is None or top_k >= 1, top_p is None or 0 < top_p <= 1
         valid = max_new_tokens >= 0 and 0 <= temperature < math.inf and all(valid)
-        rules = "max_new_tokens >= 0, temperature >= 0, top_k >= 1 and top_p in (0, 1]"
-        got = f"{max_new_tokens}, {temperature}, {top_k} and {top_p}"
-        require(valid, f"generate needs {rules}, got {got}")
+        said = "generate needs max_new_tokens and temperature >= 0, top_k >= 1, top_p in (0, 1]"
+        require(valid, f"{said}, got {max_new_tokens}, {temperature}, {top_k} and {top_p}")
         config, pad = self.config, self.config.pad_token_id
         check_ids("input_ids", input_ids, config.vocab_size)
-        (B, L), device = input_ids.shape, input_ids.device
-        if not config.use_chunking:
-            config.check_length("prompt and new tokens:", L + max(max_new_tokens - 1, 0))
+        ids, start, end, cache = F.pad(input_ids, (0, max_new_tokens)), 0, input_ids.shape[1], None
+        if not config.use_chunking:  # the last token is not read
+            config.check_length("prompt and new tokens:", ids.shape[1] - 1)
         if attention_mask is not None:
-            check_left_padding(config, attention_mask != 0, input_ids)
-        generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-        done = torch.zeros(B, dtype=torch.bool, device=device)
-        ids, start, end, cache = F.pad(input_ids, (0, max_new_tokens)), 0, L, None
-        training = {module: module.training for module in self.modules()}
+            self.check_left_padding(attention_mask != 0, input_ids)
+        generator = None if seed is None else torch.Generator(input_ids.device).manual_seed(seed)
+        done = torch.zeros_like(ids[:, 0], dtype=torch.bool)
+        training = [module for module in self.modules() if module.training]
         self.eval()
         try:
             while end < ids.shape[1] and not done.all():
-                new = ids[:, start:end]
-                out = self.mega(new, attention_mask, cache=cache, use_cache=True, **inputs)
-                cache, attention_mask = out.cache, None
-                if inputs.get("token_type_ids") is not None:
-                    inputs["token_type_ids"] = inputs["token_type_ids"][:, -1:]
+                new = ids[:, start:end], attention_mask, token_type_ids
+                out = self.mega(*new, cache=cache, use_cache=True, **inputs)
                 out.last_hidden_state = out.last_hidden_state[:, -1]
                 token = draw(at_least_fp32(self.logits(out)), temperature, top_k, top_p, generator)
                 if eos_token_id is not None:
                     token = token.masked_fill(done, eos_token_id if pad is None else pad)
                     done = done | (token == eos_token_id)
                 ids[:, end] = token
-                start, end = end, end + 1
+                start, end, cache, attention_mask = end, end + 1, out.cache, None
+                token_type_ids = None if token_type_ids is None else token_type_ids[:, -1:]
                 if stream is not None:
                     stream(token)
         finally:
-            for module, was_training in training.items():
-                module.training = was_training
+            for module in training:
+                module.training = True
         return ids[:, :end]
 
-
-def check_left_padding(config: MegaConfig, visible: Tensor, ids: Tensor):
-    """ValueError unless each row (B, L) is pads, then tokens that stand as if they were alone."""
-    check_shape("attention_mask", visible, *ids.shape)
-    left = (visible.cumsum(1) > 0).eq(visible).all() and visible[:, -1].all()
-    require(left, "generate needs the pads in front of each row's tokens")
-    pads, moved = (~visible).sum(1), "an encoder's states" if config.add_cross_attention else ""
-    if config.use_chunking and (pads % config.chunk_size).any():
-        moved = f"the borders of chunks of {config.chunk_size}"
-    mend = "give rows of one length, or one row at a time"
-    require(not (moved and pads.any()), f"pads {pads.tolist()} move tokens against {moved}; {mend}")
+    def check_left_padding(self, visible: Tensor, ids: Tensor):
+        """ValueError unless each row (B, L) is pads, then tokens that stand as if alone."""
+        check_shape("attention_mask", visible, *ids.shape)
+        left = (visible.cumsum(1) > 0).eq(visible).all() and visible[:, -1].all()
+        require(left, "generate needs the pads in front of each row's tokens")
+        pads, whole = (~visible).sum(1), self.config.attention_limit or 1
+        fits = not pads.any() if self.config.add_cross_attention else not (pads % whole).any()
+        said = f"pads {pads.tolist()} move tokens against chunks' borders or an encoder's states"
+        require(fits, f"{said}; give rows of one length, or one row at a time")
 
 
 def draw(logits: Tensor, temperature: float, top_k, top_p, generator) -> Tensor:
@@ -1165,17 +1127,13 @@ def draw(logits: Tensor, temperature: float, top_k, top_p, generator) -> Tensor:
 # -------------------------------------------------------------------------------------- 8 files
 # A checkpoint is a config.json, and weights in one file or in shards that an index lists.
 
-WEIGHT_FILES = ["model.safetensors", "pytorch_model.bin"]
-WEIGHT_FILES += [f"{name}.index.json" for name in WEIGHT_FILES]
-BACKBONE = r"layers\.\d+\.(mega_layer|nffn)\.|word_embeddings"  # what no checkpoint may lack
-
 
 def find_file(source: str, *names: str) -> str:
     """The path of the first of `names` that a folder has or else a repository of the hub."""
-    for path in (os.path.join(source, name) for name in names):
-        if os.path.exists(path):
-            return path
-    if os.path.isdir(source) or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+    for path in (Path(source, name) for name in names):
+        if path.exists():
+            return str(path)
+    if Path(source).is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
         raise FileNotFoundError(f"{source} has no {' or '.join(names)}")
     from data.hub import find_file  # only a hub id needs more than this file
 
@@ -1186,11 +1144,11 @@ def read_weights(source: str) -> dict[str, Tensor]:
     """The tensors of a checkpoint, named as in a bare model or, outside of that, in a head."""
     from safetensors.torch import load_file
 
-    paths, weights = [find_file(source, *WEIGHT_FILES)], {}
+    names = "model.safetensors", "pytorch_model.bin"
+    paths, weights = [find_file(source, *names, *(f"{name}.index.json" for name in names))], {}
     if paths[0].endswith(".json"):
-        with open(paths[0], encoding="utf-8") as file:
-            shards = sorted(set(json.load(file)["weight_map"].values()))
-        paths = [find_file(source, os.path.basename(shard)) for shard in shards]
+        shards = json.loads(Path(paths[0]).read_text("utf-8"))["weight_map"].values()
+        paths = [find_file(source, Path(shard).name) for shard in sorted(set(shards))]
     for path in paths:
         try:
             safe = path.endswith(".safetensors")
@@ -1198,21 +1156,17 @@ def read_weights(source: str) -> dict[str, Tensor]:
         except Exception as error:  # damaged files make the readers raise many kinds
             raise ValueError(f"{path} can't be read ({error})") from error
     # torch.compile and DDP leave prefixes, and a head calls the bare model `mega`.
-    plain = {name: re.sub(r"\b(_orig_mod|module)\.", "", name) for name in weights}
-    return {plain[name].removeprefix("mega."): tensor for name, tensor in weights.items()}
+    return {re.sub(r"\b(_orig_mod|module|mega)\.", "", name): x for name, x in weights.items()}
 
 
 def misfit(config: MegaConfig, name: str, found: Tensor | None, asked: Tensor) -> str:
     """What is wrong with a file's tensor, the settings that explain it, and the way on."""
     if found is None:
         return f"tensor {name} is missing; its kinds of layers, norms or biases are others"
-    said = f"tensor {name} is {tuple(found.shape)}, but the config asks for {tuple(asked.shape)}"
-    new = "with ignore_mismatched_sizes=True what does not fit starts anew"
-    if "ema_gate" in name and len(found) == 2 * len(asked):
-        return f"{said}; the file is of a model with bidirectional=True, is_decoder=False; {new}"
-    if "ema_gate" in name and 2 * len(found) == len(asked):
-        return f"{said}; the file is of a model with bidirectional=False; {new}"
     sizes = {a for a, b in zip(asked.shape, found.shape, strict=False) if a != b}
     numbers = {f.name: getattr(config, f.name) for f in fields(config) if f.type is int}
     settings = [f"{n}={x}" for n, x in numbers.items() if {x, 2 * x - 1} & sizes]
-    return f"{said}, by {' or '.join(settings)}; {new}"
+    if "ema_gate" in name and len(asked) in (2 * len(found), len(found) / 2):
+        settings = [f"its file being of a model with bidirectional={not config.bidirectional}"]
+    said = f"tensor {name} is {tuple(found.shape)}, but the config asks for {tuple(asked.shape)}"
+    return f"{said}, due to {' or '.join(settings)}; ignore_mismatched_sizes=True starts it anew"

@@ -1080,10 +1080,11 @@ def test_pooling_takes_the_first_position_or_the_mean_of_the_visible():
     x = randn(0, 2, 5, 8)
     mask = torch.tensor([[0, 1, 1, 0, 1], [0, 0, 0, 0, 0]])
     first, mean = small_config(), small_config(mean_pooling=True)
-    assert torch.equal(mega.pool(first, x, mask), x[:, 0])
-    close(mega.pool(mean, x, None), x.mean(1))
-    close(mega.pool(mean, x, mask)[0], x[0, [1, 2, 4]].mean(0))
-    assert not mega.pool(mean, x, mask)[1].any()
+    first, mean = MegaModel(first), MegaModel(mean)
+    assert torch.equal(first.pool(x, mask), x[:, 0])
+    close(mean.pool(x, None), x.mean(1))
+    close(mean.pool(x, mask)[0], x[0, [1, 2, 4]].mean(0))
+    assert not mean.pool(x, mask)[1].any()
     config = {"is_decoder": False, "num_labels": 3, "mean_pooling": True}
     model = randomized(mega.MegaForSequenceClassification(small_config(**config)))
     ids, ones = token_ids(0, 2, 5), torch.ones(2, 5)
@@ -1348,23 +1349,13 @@ def test_a_folder_whose_files_do_not_fit_is_named(tmp_path):
 def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     causal_lm().save_pretrained(tmp_path)
     old = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    opened = open
+    write_bytes = Path.write_bytes
 
-    class FullDisk:
-        def __init__(self, file):
-            self.file = file
+    def full_disk(path, content):
+        write_bytes(path, content[: len(content) // 2])
+        raise OSError(28, "No space left on device")
 
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            self.file.close()
-
-        def write(self, content):
-            self.file.write(content[: len(content) // 2])
-            raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("builtins.open", lambda *args, **k: FullDisk(opened(*args, **k)))
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
     with pytest.raises(OSError, match="space"):
         causal_lm(seed=5).save_pretrained(tmp_path)
     monkeypatch.undo()
