@@ -18,13 +18,10 @@ Parameters have Hugging Face's names, so that checkpoints fit. Two are swapped a
 """
 
 import functools
-import json
 import math
-import re
 import warnings
 from collections import OrderedDict
 from dataclasses import asdict, dataclass, field, fields, replace
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -39,15 +36,14 @@ def require(valid, message: str):
 
 def check_shape(name: str, x: Tensor, *shape: int | str):
     """A ValueError unless x has the shape, in which a letter stands for any size but 0."""
-    found = tuple(x.shape)
+    found, asked = tuple(x.shape), ", ".join(map(str, shape))
     fits = all(b == a or (b and type(a) is str) for a, b in zip(shape, found, strict=False))
-    asked = ", ".join(map(str, shape))
     require(fits and len(found) == len(shape), f"{name} must be non-empty ({asked}), got {found}")
 
 
 # ------------------------------------------------------------------------------------- 1 config
-# Every setting of a model. Names and defaults are Hugging Face's, so that its config.json files
-# mean here what they meant there; the last three are the original code's, off by default.
+# Names and defaults are Hugging Face's, so that its config.json files mean here what they meant
+# there; the last three settings are the original code's, off by default.
 
 
 @dataclass
@@ -123,16 +119,13 @@ class MegaConfig:
             require(valid or optional, f"{f.name} must be {rule}, got {value!r}")
         Z, pad, size = self.shared_representation_size, self.pad_token_id, self.vocab_size
         rotary, decoder = self.relative_positional_bias == "rotary", self.is_decoder
-        pre = self.normalize_before_mega and self.normalize_before_ffn
+        cross, pre = self.add_cross_attention, self.normalize_before_mega
+        normed = (pre and self.normalize_before_ffn) or not self.final_norm
         require(pad is None or pad < size, f"pad_token_id {pad} is not below vocab_size {size}")
         require(Z % 2 == 0 or not rotary, f"shared_representation_size must be even, got {Z}")
         require(not (decoder and self.bidirectional), "is_decoder=True needs bidirectional=False")
-        require(
-            decoder or not self.add_cross_attention, "add_cross_attention needs is_decoder=True"
-        )
-        require(
-            pre or not self.final_norm, "final_norm needs normalize_before_mega and _before_ffn"
-        )
+        require(decoder or not cross, "add_cross_attention needs is_decoder=True")
+        require(normed, "final_norm needs normalize_before_mega and normalize_before_ffn")
         self.check_length("chunk_size", self.attention_limit or 1)
         names = {int(i): name for i, name in (self.id2label or {}).items()}
         if all(name == f"LABEL_{i}" for i, name in names.items()):
@@ -155,13 +148,12 @@ class MegaConfig:
     @classmethod
     def from_dict(cls, values: dict, **settings) -> "MegaConfig":
         """From the content of a config.json, its unknown keys in `extra`, and changed settings."""
-        kind, known = values.get("model_type", "mega"), {f.name for f in fields(cls)}
+        extra, kind = dict(values), values.get("model_type", "mega")
         require(kind == "mega", f"the config is of a {kind!r} model, not of a mega")
-        names = None if "num_labels" in settings else values.get("id2label")
-        extra = {k: v for k, v in values.items() if k not in known}
-        inside = {k: v for k, v in values.items() if k in known} | {"id2label": names}
-        inside |= {"num_labels": len(names)} if names else {}
-        return cls(**{**inside, "extra": extra, **settings})
+        known = {f.name: extra.pop(f.name) for f in fields(cls) if f.name in extra}
+        names = None if "num_labels" in settings else known.get("id2label")
+        known |= {"id2label": names, "extra": extra} | ({"num_labels": len(names)} if names else {})
+        return cls(**known | settings)
 
     def to_dict(self) -> dict:
         """The content of a config.json, unknown keys included."""
@@ -176,11 +168,9 @@ def cross_entropy(logits: Tensor, labels: Tensor, ignored: int = -100) -> Tensor
 
 
 PROBLEM_TYPES = {
-    "regression": lambda logits, labels: F.mse_loss(logits, labels.to(logits).view_as(logits)),
+    "regression": lambda x, y: F.mse_loss(x, y.to(x).view_as(x)),  # of logits x and labels y
     "single_label_classification": cross_entropy,
-    "multi_label_classification": lambda logits, labels: F.binary_cross_entropy_with_logits(
-        logits, labels.to(logits)
-    ),
+    "multi_label_classification": lambda x, y: F.binary_cross_entropy_with_logits(x, y.to(x)),
 }
 
 # ----------------------------------------------------------------------------- 2 moving average
@@ -201,10 +191,7 @@ def at_least_fp32(x: Tensor) -> Tensor:
 
 
 def in_fp32(ema):
-    """Let an EMA function compute in fp32, or fp64 if given it, under any autocast; y as x's dtype.
-
-    Powers of a q near 1 mean nothing in half precision.
-    """
+    """Let an EMA function compute in fp32 or fp64, as powers of a q near 1 need; y as x's dtype."""
 
     @functools.wraps(ema)
     def wrapped(x, u, q, g, *args, **kwargs):
@@ -225,16 +212,12 @@ def initial_state(x: Tensor, u: Tensor, state: Tensor | None) -> Tensor:
     return state
 
 
-def powers(q: Tensor, count: int) -> Tensor:
-    """q^0 ... q^(count-1) on a new last axis; exact, with finite gradients, at q = 0 and 1 too."""
-    return q.unsqueeze(-1) ** torch.arange(count, dtype=q.dtype, device=q.device)
-
-
 def ema_kernel(u: Tensor, q: Tensor, g: Tensor, length: int, truncation=None) -> Tensor:
     """k[l] = sum_n g u q^l (appendix A), (D, length); with `truncation`, 0 from that tap on."""
     taps = length if truncation is None else min(truncation, length)
-    u, q, g = (at_least_fp32(coefficient) for coefficient in (u, q, g))
-    return F.pad(((g * u).unsqueeze(-1) * powers(q, taps)).sum(-2), (0, length - taps))
+    u, q, g = (at_least_fp32(coefficient).unsqueeze(-1) for coefficient in (u, q, g))
+    kernel = (g * u * q ** torch.arange(taps, dtype=q.dtype, device=q.device)).sum(-2)
+    return F.pad(kernel, (0, length - taps))
 
 
 def toeplitz(kernel: Tensor) -> Tensor:
@@ -245,26 +228,21 @@ def toeplitz(kernel: Tensor) -> Tensor:
 
 @in_fp32
 def ema_direct(x: Tensor, u: Tensor, q: Tensor, g: Tensor, truncation=None) -> Tensor:
-    """The definition, y_t = sum_l k[l] x_{t-l}: O(L^2 D) time and memory. x, y (B, L, D)."""
+    """The definition, y_t = sum_l k[l] x_{t-l}: O(L^2 D) time and memory."""
     return torch.einsum("bjd,dji->bid", x, toeplitz(ema_kernel(u, q, g, x.shape[1], truncation)))
 
 
 @in_fp32
 def ema_fft(x: Tensor, u: Tensor, q: Tensor, g: Tensor, truncation=None) -> Tensor:
-    """The convolution by FFT (appendix A): O(L (N + log L) D) time. x, y (B, L, D)."""
-    length = x.shape[1]
-    kernel = ema_kernel(u, q, g, length, truncation)
-    # Padded to 2 L, so that the FFT's circular convolution does not wrap around.
-    spectrum = torch.fft.rfft(x.mT, n=2 * length) * torch.fft.rfft(kernel, n=2 * length)
-    return torch.fft.irfft(spectrum, n=2 * length)[..., :length].mT
+    """The convolution by FFT (appendix A): O(L (N + log L) D) time."""
+    length, n = x.shape[1], 2 * x.shape[1]  # padded to n, so that its circle does not wrap around
+    spectrum = torch.fft.rfft(x.mT, n) * torch.fft.rfft(ema_kernel(u, q, g, length, truncation), n)
+    return torch.fft.irfft(spectrum, n)[..., :length].mT
 
 
 @in_fp32
 def ema_recurrent(x: Tensor, u: Tensor, q: Tensor, g: Tensor, state=None) -> tuple[Tensor, Tensor]:
-    """The recurrence, step by step (equation 5): O(L D N) time.
-
-    x (B, L, D), state (B, D, N) or None -> y (B, L, D), the state after the last step.
-    """
+    """The recurrence from `state`, step by step (equation 5): y, last state; O(L D N) time."""
     h, ys = initial_state(x, u, state), []
     for x_t in x.unbind(1):
         h = q * h + u * x_t.unsqueeze(-1)  # (B, D, N)
@@ -274,17 +252,15 @@ def ema_recurrent(x: Tensor, u: Tensor, q: Tensor, g: Tensor, state=None) -> tup
 
 @in_fp32
 def ema_blockwise(x: Tensor, u: Tensor, q: Tensor, g: Tensor, state=None, block=None):
-    """Convolution inside blocks, recurrence between them: O(L D (block + N)) time, any L.
+    """Convolution inside blocks, recurrence between: y, last state; O(L D (block + N)) time.
 
-    x (B, L, D), state (B, D, N) or None -> y (B, L, D), the state after the last step.
     The past of a step has two parts: earlier steps of its block, which the kernel's first taps
-    weigh, and all before the block, which the state at its start sums up. `block` is the number
-    of steps in one; None takes the fastest measured.
+    weigh, and all before, which the state at the block's start sums up. None: the fastest block.
     """
     valid = block is None or (type(block) is int and block > 0)
     require(valid, f"block must be a positive integer or None, got {block!r}")
     block = min(block or (32 if x.shape[1] <= 8192 else 64), x.shape[1])
-    q_powers = powers(q, block)
+    q_powers = q.unsqueeze(-1) ** torch.arange(block, dtype=q.dtype, device=q.device)
     inside = toeplitz(((g * u).unsqueeze(-1) * q_powers).sum(-2))  # x to y, (D, block, block)
     write = (u.unsqueeze(-1) * q_powers).flip(-1).mT  # x to state after the block, (D, block, N)
     read = (g * q).unsqueeze(-1) * q_powers  # state before the block to y, (D, N, block)
@@ -299,10 +275,8 @@ def ema_blockwise(x: Tensor, u: Tensor, q: Tensor, g: Tensor, state=None, block=
 
 
 class Blocks(torch.autograd.Function):
-    """The work of `ema_blockwise` on x (B, K c, D), its backward pass by hand for twice the speed.
-
-    That is the same from right to left: `read` and `write` change places, and what is carried is
-    the state's gradient.
+    """The work of `ema_blockwise` on x (B, K c, D), its backward pass by hand for twice the speed:
+    the same from right to left, where `read` and `write` change places and gradients are carried.
     """
 
     @staticmethod
@@ -347,10 +321,8 @@ def from_blocks(y: Tensor, rows: int) -> Tensor:
 
 
 def scan(h: Tensor, decay: Tensor, reverse: bool = False) -> Tensor:
-    """h_k + decay h_{k-1} + decay^2 h_{k-2} + ... for each k; with `reverse`, over later k.
-
-    h (D, N, B, K), decay (D, N). In log2(K) rounds: each adds what stands `step` places back,
-    itself a sum of `step` terms by then.
+    """h_k + decay h_{k-1} + decay^2 h_{k-2} + ... for each k; with `reverse`, over later k. In
+    log2(K) rounds: each adds what stands `step` back, by then a sum of `step`. h (D, N, B, K).
     """
     decay, step = decay[..., None, None], 1
     while step < h.shape[-1]:
@@ -377,8 +349,7 @@ class DampedEMA(nn.Module):
         self.damping_factor = normal(E, N, 1, std=logit_std)  # logit of p, the paper's alpha
         self.decay_factor = normal(E, N, 1, std=logit_std)  # logit of the paper's delta
         self.ema_expansion_matrix = normal(E, N, 1, std=config.ema_beta_range)  # beta
-        self.ema_expansion_matrix.data[:, ::2] += 1  # near +1, -1, +1, ...
-        self.ema_expansion_matrix.data[:, 1::2] -= 1
+        self.ema_expansion_matrix.data += (-1.0) ** torch.arange(N).view(N, 1)  # near 1, -1, ...
         self.kernel_projection_matrix = normal(E, N, std=config.ema_gamma_omega_range)  # gamma
         self.residual_weight = normal(D, std=config.ema_gamma_omega_range)  # omega
 
@@ -390,17 +361,16 @@ class DampedEMA(nn.Module):
         return p * self.ema_expansion_matrix.squeeze(-1), 1 - p * decay, g
 
     def forward(self, x: Tensor, mask=None, state=None, mode=None) -> tuple[Tensor, Tensor | None]:
-        """x (B, L, D), mask (B, L), False at pads, which enter as 0, state (B, D, N) -> y, state.
-
-        The returned state is None in the modes and directions that have none.
+        """x (B, L, D), mask (B, L), False at pads, which enter as 0, state (B, D, N) -> y, state
+        after x, None in the modes and directions that have none.
         """
         truncation, bidirectional = self.config.truncation, self.config.bidirectional
         steps = "recurrent" if x.shape[1] <= 16 else "blockwise"  # by measurement
         mode = mode or self.mode or (steps if truncation is None else "fft")
         require(mode in EMA_MODES, f"EMA mode must be one of {', '.join(EMA_MODES)}, got {mode!r}")
         carries = mode in ("recurrent", "blockwise")
-        cut = carries and truncation is not None
-        require(not cut, f"EMA mode {mode!r} cannot truncate its kernel; use direct or fft")
+        truncates = truncation is None or not carries
+        require(truncates, f"EMA mode {mode!r} cannot truncate its kernel; use direct or fft")
         goes_on = state is None or (carries and not bidirectional)
         require(goes_on, f"EMA mode {mode!r} with {bidirectional=} cannot go on from a state")
         inputs = x if mask is None else x * mask.unsqueeze(-1)
@@ -424,10 +394,7 @@ def normal(*shape: int, std: float) -> nn.Parameter:
 
 
 def laplace(x: Tensor) -> Tensor:
-    """A bounded stand-in for relu2 (equation 16), equal in value and slope at x = sqrt(1/2).
-
-    mu = sqrt(1/2) and sigma = sqrt(1 / (4 pi)) are rounded as in the paper's code.
-    """
+    """A bounded relu2 (equation 16): mu = sqrt(1/2), sigma = sqrt(1 / (4 pi)), rounded as there."""
     return 0.5 * (1 + torch.erf((x - 0.707107) / (0.282095 * math.sqrt(2))))
 
 
@@ -513,9 +480,7 @@ class ScaleNorm(nn.Module):
 NORMS = {  # over the features of each position, or (batchnorm) each feature over all positions
     "layernorm": nn.LayerNorm,
     "scalenorm": ScaleNorm,
-    # Hugging Face 4.40.2 computes this norm and then returns its input: models trained there with
-    # rmsnorm give other numbers here.
-    "rmsnorm": nn.RMSNorm,
+    "rmsnorm": nn.RMSNorm,  # Hugging Face 4.40.2 returns its input: models from there differ here
     "batchnorm": lambda size, eps, affine: nn.BatchNorm1d(size, eps, affine=affine),
     "syncbatchnorm": lambda size, eps, affine: nn.SyncBatchNorm(size, eps, affine=affine),
 }
@@ -551,8 +516,8 @@ for name in ("gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh"):  # 
 
 def linear(config: MegaConfig, inputs: int, outputs: int) -> nn.Linear:
     layer = nn.Linear(inputs, outputs)
-    nn.init.normal_(layer.weight, std=config.initializer_range)
-    nn.init.zeros_(layer.bias)
+    layer.weight.data.normal_(std=config.initializer_range)
+    layer.bias.data.zero_()
     return layer
 
 
@@ -573,10 +538,8 @@ class MovingAverageGatedAttention(nn.Module):
         self.rel_pos_bias = POSITION_BIASES[config.relative_positional_bias](config)
 
     def forward(self, x: Tensor, mask=None, past: tuple = (), use_cache: bool = False):
-        """x (B, L, D), mask (B, R + L) bool, False at pads -> y (B, L, D), the past after x, weights.
-
-        A past is the EMA's state (B, D, N), and keys (B, R, Z) and values (B, R, V) of the R < C
-        positions of an open chunk; without chunking, of all so far.
+        """x (B, L, D), mask (B, R + L), False at pads -> y (B, L, D), past after x, weights. A past is
+        the EMA's state (B, D, N), keys (B, R, Z) and values (B, R, V), of all if not chunking.
         """
         config, (D, V, Z), activation = self.config, self.sizes, ACTIVATIONS[self.config.activation]
         state, *old = past or [None]
@@ -601,18 +564,18 @@ class MovingAverageGatedAttention(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None):
         """q (B, L, Z), k (B, R + L, Z), v (B, R + L, V), mask (B, R + L) -> (B, L, V), weights."""
-        L, end, causal = q.shape[1], k.shape[1], self.config.is_decoder
-        before, chunk = 0, min(self.config.attention_limit or end, end)
+        config, L, end, before = self.config, q.shape[1], k.shape[1], 0
+        chunk = min(config.attention_limit or end, end)
         if end > chunk:  # pads make all chunks whole: queries for the past, and the last one's rest
             before, after = end - L, -end % chunk
-            if after and mask is None and not causal:
+            if after and mask is None and not config.is_decoder:
                 mask = q.new_ones(len(q), end, dtype=torch.bool)
             mask = None if mask is None else F.pad(mask, (0, after))
             q, k, v = (F.pad(t, (0, 0, b, after)) for t, b in ((q, before), (k, 0), (v, 0)))
         c = min(chunk, q.shape[1])
         q, k, v = q.unflatten(1, (-1, c)), k.unflatten(1, (-1, chunk)), v.unflatten(1, (-1, chunk))
         visible = None if mask is None else mask.unflatten(1, (-1, 1, chunk))
-        if causal:
+        if config.is_decoder:
             past = q.new_ones(c, chunk, dtype=torch.bool).tril(chunk - c)
             visible = past if visible is None else visible & past
         bias = self.rel_pos_bias(chunk - c, chunk, chunk)
@@ -656,8 +619,7 @@ def gate(x: Tensor, update: Tensor, candidate: Tensor, layer: nn.Module) -> Tens
 
 
 # -------------------------------------------------------------------------------------- 4 block
-# A block is the layer above, in some decoders a cross-attention, and a feed-forward network
-# (section 3.3), each with norm and residual.
+# The layer above, in some decoders a cross-attention, and a feed-forward network (section 3.3).
 
 
 class NormalizedFeedForward(nn.Module):
@@ -671,12 +633,11 @@ class NormalizedFeedForward(nn.Module):
         self.fc2 = linear(config, config.nffn_hidden_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, L, D)
-        config = self.config
-        hidden = self.fc1(self.norm(x) if config.normalize_before_ffn else x)
-        hidden = ACTIVATIONS[config.activation](hidden)
+        config, pre = self.config, self.config.normalize_before_ffn
+        hidden = ACTIVATIONS[config.activation](self.fc1(self.norm(x) if pre else x))
         hidden = dropout(hidden, config.nffn_activation_dropout_prob, self)
         y = x + dropout(self.fc2(hidden), config.dropout_prob, self)
-        return y if config.normalize_before_ffn else self.norm(y)
+        return y if pre else self.norm(y)
 
 
 class MegaBlock(nn.Module):
@@ -747,7 +708,6 @@ class MegaBase(nn.Module):
     """What the bare model and those with a head share: their vocabulary's size, and files."""
 
     output = ""  # the name of a head's last layer
-    backbone = r"layers\.\d+\.(mega_layer|nffn)\.|word_embeddings"  # what no checkpoint may lack
 
     def resize_token_embeddings(self, size: int):
         """Keep the first `size` tokens, or add new ones; output layer and config follow."""
@@ -764,19 +724,10 @@ class MegaBase(nn.Module):
         self.config.vocab_size = size
 
     def save_pretrained(self, folder: str):
-        """Write config.json and model.safetensors, whole or not at all: under other names first."""
-        from safetensors.torch import save
+        """Write config.json and model.safetensors, which Hugging Face's library reads, too."""
+        from data import checkpoint
 
-        tensors = [*self.named_parameters(), *self.named_buffers()]  # a tied one only once
-        weights = {name: tensor.data.contiguous() for name, tensor in tensors}
-        config = {**self.config.to_dict(), "architectures": [type(self).__name__]}
-        files = {"config.json": json.dumps(config, indent=2).encode()}
-        files["model.safetensors"] = save(weights, metadata={"format": "pt"})
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        for name, content in files.items():
-            Path(folder, name + ".part").write_bytes(content)
-        for name in files:
-            Path(folder, name + ".part").replace(Path(folder, name))
+        checkpoint.write(self, folder)
 
     @classmethod
     def from_pretrained(cls, source: str, ignore_mismatched_sizes: bool = False, **settings):
@@ -786,30 +737,11 @@ class MegaBase(nn.Module):
         as initialised: a head or cross-attention that the file lacks, and with
         ignore_mismatched_sizes all that does not fit.
         """
-        config = json.loads(Path(find_file(source, "config.json")).read_text("utf-8"))
+        from data import checkpoint
+
+        config, weights = checkpoint.read(source)
         model = cls(MegaConfig.from_dict(config, **settings))
-        weights, fresh = read_weights(source), []
-        if cls.output.endswith("lm_head"):  # a tied file has one of two; else the output's wins
-            words, output = "embedding_layer.word_embeddings.weight", f"{cls.output}.weight"
-            weights.setdefault(output, weights.get(words))
-            if model.config.tie_word_embeddings:
-                weights[words] = weights[output]
-        for name, tensor in model.state_dict().items():
-            value = weights.pop(name.removeprefix("mega."), None)
-            if ignore_mismatched_sizes and value is not None and "ema_gate" in name:
-                value = value[: len(tensor)]  # of two directions the first, from left to right
-            if value is not None and value.shape == tensor.shape:
-                tensor.copy_(value)
-                continue
-            optional = ignore_mismatched_sizes or (
-                value is None and not re.search(cls.backbone, name)
-            )
-            require(optional, f"{source}: {misfit(model.config, name, value, tensor)}")
-            fresh.append(name)
-        unused = [n for n in weights if re.search(cls.backbone, n) and "_float_tensor" not in n]
-        if fresh or unused:
-            said = f"initialised anew: {', '.join(fresh)}; not used: {', '.join(unused)}"
-            warnings.warn(f"{source}: {said}", stacklevel=2)
+        checkpoint.fill(model, weights, ignore_mismatched_sizes, source)
         return model.eval()
 
 
@@ -1122,51 +1054,3 @@ def draw(logits: Tensor, temperature: float, top_k, top_p, generator) -> Tensor:
         late = p.cumsum(-1) - p >= top_p  # those before it hold top_p already; never the likeliest
         logits = logits.masked_fill(late.scatter(-1, index, late), -math.inf)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
-
-
-# -------------------------------------------------------------------------------------- 8 files
-# A checkpoint is a config.json, and weights in one file or in shards that an index lists.
-
-
-def find_file(source: str, *names: str) -> str:
-    """The path of the first of `names` that a folder has or else a repository of the hub."""
-    for path in (Path(source, name) for name in names):
-        if path.exists():
-            return str(path)
-    if Path(source).is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
-        raise FileNotFoundError(f"{source} has no {' or '.join(names)}")
-    from data.hub import find_file  # only a hub id needs more than this file
-
-    return find_file(source, *names)
-
-
-def read_weights(source: str) -> dict[str, Tensor]:
-    """The tensors of a checkpoint, named as in a bare model or, outside of that, in a head."""
-    from safetensors.torch import load_file
-
-    names = "model.safetensors", "pytorch_model.bin"
-    paths, weights = [find_file(source, *names, *(f"{name}.index.json" for name in names))], {}
-    if paths[0].endswith(".json"):
-        shards = json.loads(Path(paths[0]).read_text("utf-8"))["weight_map"].values()
-        paths = [find_file(source, Path(shard).name) for shard in sorted(set(shards))]
-    for path in paths:
-        try:
-            safe = path.endswith(".safetensors")
-            weights |= load_file(path) if safe else torch.load(path, "cpu", weights_only=True)
-        except Exception as error:  # damaged files make the readers raise many kinds
-            raise ValueError(f"{path} can't be read ({error})") from error
-    # torch.compile and DDP leave prefixes, and a head calls the bare model `mega`.
-    return {re.sub(r"\b(_orig_mod|module|mega)\.", "", name): x for name, x in weights.items()}
-
-
-def misfit(config: MegaConfig, name: str, found: Tensor | None, asked: Tensor) -> str:
-    """What is wrong with a file's tensor, the settings that explain it, and the way on."""
-    if found is None:
-        return f"tensor {name} is missing; its kinds of layers, norms or biases are others"
-    sizes = {a for a, b in zip(asked.shape, found.shape, strict=False) if a != b}
-    numbers = {f.name: getattr(config, f.name) for f in fields(config) if f.type is int}
-    settings = [f"{n}={x}" for n, x in numbers.items() if {x, 2 * x - 1} & sizes]
-    if "ema_gate" in name and len(asked) in (2 * len(found), len(found) / 2):
-        settings = [f"its file being of a model with bidirectional={not config.bidirectional}"]
-    said = f"tensor {name} is {tuple(found.shape)}, but the config asks for {tuple(asked.shape)}"
-    return f"{said}, due to {' or '.join(settings)}; ignore_mismatched_sizes=True starts it anew"

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
+from data.hub import find_file
 from data.prepare import (
     Parser,
     RobertaTokenizer,
@@ -26,7 +27,7 @@ from data.prepare import (
     run,
     short,
 )
-from mega import MegaForCausalLM, MegaForMaskedLM, draw, find_file
+from mega import MegaForCausalLM, MegaForMaskedLM, draw
 
 KINDS = {"MegaForCausalLM": MegaForCausalLM, "MegaForMaskedLM": MegaForMaskedLM}
 

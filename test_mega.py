@@ -1556,6 +1556,9 @@ def test_labels_are_read_and_written(tmp_path):
     assert mega.MegaForTokenClassification.from_pretrained(tmp_path).config.num_labels == 3
     assert MegaConfig(num_labels=3).id2label == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
     assert replace(MegaConfig(num_labels=3), num_labels=4).id2label[3] == "LABEL_3"
+    names = {str(i): f"LABEL_{i}" for i in range(4)}
+    assert MegaConfig.from_dict({"id2label": names}).num_labels == 4
+    assert MegaConfig.from_dict({"id2label": names}, num_labels=5).num_labels == 5
     with pytest.raises(ValueError, match="'bert' model"):
         MegaConfig.from_dict({"model_type": "bert"})
 
@@ -2463,7 +2466,14 @@ def copied(tmp_path_factory):
     """A copy of the project, as after a clone."""
     folder = tmp_path_factory.mktemp("project")
     (folder / "data").mkdir()
-    for name in ("mega.py", "train.py", "sample.py", "data/prepare.py", "data/hub.py"):
+    for name in (
+        "mega.py",
+        "train.py",
+        "sample.py",
+        "data/prepare.py",
+        "data/hub.py",
+        "data/checkpoint.py",
+    ):
         shutil.copy(PROJECT / name, folder / name)
     return folder
 

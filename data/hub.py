@@ -1,7 +1,8 @@
-"""Files of the network, each whole or not at all: zips for prepare.py, checkpoints for mega.py."""
+"""Files of the network, each whole or not at all: zips of text, files of Hugging Face's hub."""
 
 import http.client
 import os
+import re
 import shutil
 import urllib.error
 import urllib.request
@@ -37,25 +38,30 @@ def download(url: str, path: str, token: str | None = None):
             os.remove(part)
 
 
-def find_file(repository: str, *names: str) -> str:
-    """The path of the first of `names` that the cache, or else the hub, has of an `owner/name`.
+def find_file(source: str, *names: str) -> str:
+    """The path of the first of `names` that a folder, the cache, or else the hub has.
 
-    FileNotFoundError if it has none, OSError if it can't be asked. Of Hugging Face's environment
-    variables it knows HF_ENDPOINT, HF_HUB_OFFLINE, HF_TOKEN and HF_HOME, where the cache is.
+    `source` is a folder or an `owner/name` of the hub. FileNotFoundError if it has none, OSError
+    if it can't be asked. Of Hugging Face's environment variables HF_ENDPOINT, HF_HUB_OFFLINE,
+    HF_TOKEN and HF_HOME, where the cache is, are known.
     """
-    home = os.path.expanduser(os.environ.get("HF_HOME") or "~/.cache/huggingface")
-    folder = os.path.join(home, "mega", repository.replace("/", "--"))
+    folder, repository = str(source), not os.path.isdir(source)
+    if repository and re.fullmatch(r"[\w.-]+/[\w.-]+", folder):
+        home = os.path.expanduser(os.environ.get("HF_HOME") or "~/.cache/huggingface")
+        folder = os.path.join(home, "mega", folder.replace("/", "--"))
     paths = {name: os.path.join(folder, name) for name in names}
     for path in paths.values():
         if os.path.exists(path):
             return path
-    wanted = f"{repository} is no folder here, and {' or '.join(names)} of it"
+    if folder == str(source):
+        raise FileNotFoundError(f"{source} has no {' or '.join(names)}")
+    wanted = f"{source} is no folder here, and {' or '.join(names)} of it"
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         raise FileNotFoundError(f"{wanted} is not in {folder}; HF_HUB_OFFLINE forbids a download")
     hub = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
     for name, path in paths.items():
         try:
-            download(f"{hub}/{repository}/resolve/main/{name}", path, os.environ.get("HF_TOKEN"))
+            download(f"{hub}/{source}/resolve/main/{name}", path, os.environ.get("HF_TOKEN"))
             return path
         except urllib.error.HTTPError as error:
             if error.code != 404:

@@ -1,0 +1,100 @@
+"""Checkpoints in Hugging Face's layout: a config.json, and weights in one file or in shards.
+
+`save_pretrained` and `from_pretrained` of mega.py's models are made of these three functions.
+"""
+
+import json
+import re
+import warnings
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from data.hub import find_file
+
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+BACKBONE = r"layers\.\d+\.(mega_layer|nffn)\.|word_embeddings"  # what no checkpoint may lack
+
+
+def write(model: nn.Module, folder: str | Path):
+    """Write config.json and model.safetensors, first under other names, so that old ones stay."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]  # a tied one only once
+    weights = {name: tensor.data.contiguous() for name, tensor in tensors}
+    config = {**model.config.to_dict(), "architectures": [type(model).__name__]}
+    files = {"config.json": json.dumps(config, indent=2).encode()}
+    files["model.safetensors"] = save(weights, metadata={"format": "pt"})
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        Path(folder, name + ".part").write_bytes(content)
+    for name in files:
+        Path(folder, name + ".part").replace(Path(folder, name))
+
+
+def read(source: str | Path) -> tuple[dict, dict[str, Tensor]]:
+    """The config and the tensors of a folder, or of a repository `owner/name` of the hub.
+
+    Tensors are named as in a bare model or, outside of it, in a head. FileNotFoundError if a file
+    is missing, OSError if it can't be had, ValueError if it can't be read.
+    """
+    config = json.loads(Path(find_file(source, "config.json")).read_text("utf-8"))
+    paths = [find_file(source, *WEIGHTS, *(f"{name}.index.json" for name in WEIGHTS))]
+    if paths[0].endswith(".json"):
+        shards = json.loads(Path(paths[0]).read_text("utf-8"))["weight_map"].values()
+        paths = [find_file(source, Path(shard).name) for shard in sorted(set(shards))]
+    weights = {}
+    for path in paths:
+        try:
+            safe = path.endswith(".safetensors")
+            weights |= load_file(path) if safe else torch.load(path, "cpu", weights_only=True)
+        except Exception as error:  # damaged files make the readers raise many kinds
+            raise ValueError(f"{path} can't be read ({error})") from error
+    # torch.compile and DDP leave prefixes, and a head calls the bare model `mega`.
+    plain = {re.sub(r"\b(_orig_mod|module|mega)\.", "", name): x for name, x in weights.items()}
+    return config, plain
+
+
+def fill(model: nn.Module, weights: dict[str, Tensor], ignore_mismatched_sizes: bool, source: str):
+    """Copy tensors that `read` found into the model; ValueError names the first that does not fit.
+
+    What may be lacking (a head, a cross-attention, a pooler), and with ignore_mismatched_sizes all
+    that does not fit, stays as it was initialised, and one warning names it.
+    """
+    weights, fresh = dict(weights), []
+    if model.output.endswith("lm_head"):  # a tied file has one of two; else the output's wins
+        words, output = "embedding_layer.word_embeddings.weight", f"{model.output}.weight"
+        weights.setdefault(output, weights.get(words))
+        if model.config.tie_word_embeddings:
+            weights[words] = weights[output]
+    for name, tensor in model.state_dict().items():
+        value = weights.pop(name.removeprefix("mega."), None)
+        if ignore_mismatched_sizes and value is not None and "ema_gate" in name:
+            value = value[: len(tensor)]  # of two directions the first, from left to right
+        if value is not None and value.shape == tensor.shape:
+            tensor.copy_(value)
+            continue
+        optional = value is None and not re.search(BACKBONE, name)
+        if not (optional or ignore_mismatched_sizes):
+            raise ValueError(f"{source}: {misfit(model.config, name, value, tensor)}")
+        fresh.append(name)
+    unused = [n for n in weights if re.search(BACKBONE, n) and "_float_tensor" not in n]
+    lists = {"initialised anew": fresh, "not used": unused}
+    said = [f"{what}: {', '.join(names)}" for what, names in lists.items() if names]
+    if said:
+        warnings.warn(f"{source}: {'; '.join(said)}", stacklevel=3)
+
+
+def misfit(config, name: str, found: Tensor | None, asked: Tensor) -> str:
+    """What is wrong with a file's tensor, the settings that explain it, and the way on."""
+    if found is None:
+        return f"tensor {name} is missing; its kinds of layers, norms or biases are others"
+    sizes = {a for a, b in zip(asked.shape, found.shape, strict=False) if a != b}
+    numbers = {f.name: getattr(config, f.name) for f in fields(config) if f.type is int}
+    settings = [f"{n}={x}" for n, x in numbers.items() if {x, 2 * x - 1} & sizes]
+    if "ema_gate" in name and len(asked) in (2 * len(found), len(found) / 2):
+        settings = [f"its file being of a model with bidirectional={not config.bidirectional}"]
+    said = f"tensor {name} is {tuple(found.shape)}, but the config asks for {tuple(asked.shape)}"
+    reason = f", due to {' or '.join(settings)}" if settings else ""
+    return f"{said}{reason}; ignore_mismatched_sizes=True starts it anew"
