@@ -21,7 +21,7 @@ import functools
 import math
 import warnings
 from collections import OrderedDict
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 
 import torch
 import torch.nn.functional as F
@@ -42,8 +42,7 @@ def check_shape(name: str, x: Tensor, *shape: int | str):
 
 
 # ------------------------------------------------------------------------------------- 1 config
-# Names and defaults are Hugging Face's, so that its config.json files mean here what they meant
-# there; the last three settings are the original code's, off by default.
+# Hugging Face's names and defaults; final_norm and what follows it are the original code's.
 
 
 @dataclass
@@ -119,24 +118,20 @@ class MegaConfig:
             require(valid or optional, f"{f.name} must be {rule}, got {value!r}")
         Z, pad, size = self.shared_representation_size, self.pad_token_id, self.vocab_size
         rotary, decoder = self.relative_positional_bias == "rotary", self.is_decoder
-        cross, pre = self.add_cross_attention, self.normalize_before_mega
-        normed = (pre and self.normalize_before_ffn) or not self.final_norm
+        pre = self.normalize_before_mega and self.normalize_before_ffn
         require(pad is None or pad < size, f"pad_token_id {pad} is not below vocab_size {size}")
         require(Z % 2 == 0 or not rotary, f"shared_representation_size must be even, got {Z}")
         require(not (decoder and self.bidirectional), "is_decoder=True needs bidirectional=False")
-        require(decoder or not cross, "add_cross_attention needs is_decoder=True")
-        require(normed, "final_norm needs normalize_before_mega and normalize_before_ffn")
+        require(decoder or not self.add_cross_attention, "add_cross_attention needs is_decoder")
+        require(pre or not self.final_norm, "final_norm needs both normalize_before_ settings")
         self.check_length("chunk_size", self.attention_limit or 1)
-        names = {int(i): name for i, name in (self.id2label or {}).items()}
-        if all(name == f"LABEL_{i}" for i, name in names.items()):
-            names = {i: f"LABEL_{i}" for i in range(self.num_labels)}
         count = self.num_labels  # a 2 may be just the default
+        names = self.id2label or {i: f"LABEL_{i}" for i in range(count)}
         require(count in (2, len(names)), f"num_labels {count} is not that of id2label {names}")
-        self.num_labels, self.id2label = len(names), names
+        self.num_labels, self.id2label = len(names), {int(i): name for i, name in names.items()}
 
     @property
-    def attention_limit(self) -> int | None:
-        """C when chunking, None when attention sees the whole row."""
+    def attention_limit(self) -> int | None:  # C, or None: attention sees the whole row
         return self.chunk_size if self.use_chunking else None
 
     def check_length(self, what: str, length: int):
@@ -157,9 +152,8 @@ class MegaConfig:
 
     def to_dict(self) -> dict:
         """The content of a config.json, unknown keys included."""
-        values = asdict(self)
-        values["label2id"] = {name: i for i, name in self.id2label.items()}
-        return {**values.pop("extra"), **values, "model_type": "mega"}
+        values, label2id = asdict(self), {name: i for i, name in self.id2label.items()}
+        return {**values.pop("extra"), **values, "label2id": label2id, "model_type": "mega"}
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, ignored: int = -100) -> Tensor:
@@ -182,8 +176,7 @@ PROBLEM_TYPES = {
 #
 # with p = alpha, decay = delta and gamma = eta in the paper, which has no 1/sqrt(N); its code has.
 # Unrolled, this is a convolution with the kernel k[l] = sum_n g u q^l (appendix A). Four functions
-# compute the same y: from the definition, by FFT, step by step, and block by block.
-# Shapes: x, y (B, L, D); u, q, g (D, N); state h (B, D, N).
+# compute the same y (B, L, D) of x (B, L, D), u, q, g (D, N) and, where it goes on, h (B, D, N).
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
@@ -252,13 +245,10 @@ def ema_recurrent(x: Tensor, u: Tensor, q: Tensor, g: Tensor, state=None) -> tup
 
 @in_fp32
 def ema_blockwise(x: Tensor, u: Tensor, q: Tensor, g: Tensor, state=None, block=None):
-    """Convolution inside blocks, recurrence between: y, last state; O(L D (block + N)) time.
-
-    The past of a step has two parts: earlier steps of its block, which the kernel's first taps
-    weigh, and all before, which the state at the block's start sums up. None: the fastest block.
+    """Convolution in blocks, recurrence between: y, last state; O(L D (block + N)) time. A step's
+    past is earlier steps of its block, weighed by the first taps, and the state at its start.
     """
-    valid = block is None or (type(block) is int and block > 0)
-    require(valid, f"block must be a positive integer or None, got {block!r}")
+    require(block is None or block >= 1, f"block must be a positive integer or None, got {block}")
     block = min(block or (32 if x.shape[1] <= 8192 else 64), x.shape[1])
     q_powers = q.unsqueeze(-1) ** torch.arange(block, dtype=q.dtype, device=q.device)
     inside = toeplitz(((g * u).unsqueeze(-1) * q_powers).sum(-2))  # x to y, (D, block, block)
@@ -275,9 +265,7 @@ def ema_blockwise(x: Tensor, u: Tensor, q: Tensor, g: Tensor, state=None, block=
 
 
 class Blocks(torch.autograd.Function):
-    """The work of `ema_blockwise` on x (B, K c, D), its backward pass by hand for twice the speed:
-    the same from right to left, where `read` and `write` change places and gradients are carried.
-    """
+    """The work of `ema_blockwise`; its backward pass, by hand, is the same from right to left."""
 
     @staticmethod
     def forward(ctx, x, inside, write, read, q_block, h):
@@ -308,8 +296,7 @@ class Blocks(torch.autograd.Function):
 def to_blocks(x: Tensor, c: int) -> Tensor:
     """(B, K c, D) -> (D, B (K + 1), c), where the last block of each row is zero."""
     B, L, D = x.shape
-    # Numbers a power of two apart evict each other from the processor's cache, which makes this
-    # copy and the products after it up to 3x slower: hence an odd number of channels.
+    # An odd number of channels, as numbers 2^n apart evict each other from the cache: up to 3x.
     blocks = x.new_empty(B, L // c + 1, D | 1, c)
     blocks[:, :-1, :D], blocks[:, -1] = x.unflatten(1, (-1, c)).mT, 0
     return blocks.flatten(0, 1)[:, :D].transpose(0, 1)
@@ -321,10 +308,8 @@ def from_blocks(y: Tensor, rows: int) -> Tensor:
 
 
 def scan(h: Tensor, decay: Tensor, reverse: bool = False) -> Tensor:
-    """h_k + decay h_{k-1} + decay^2 h_{k-2} + ... for each k; with `reverse`, over later k. In
-    log2(K) rounds: each adds what stands `step` back, by then a sum of `step`. h (D, N, B, K).
-    """
-    decay, step = decay[..., None, None], 1
+    """h_k + decay h_{k-1} + decay^2 h_{k-2} + ..., or over later k; h (D, N, B, K)."""
+    decay, step = decay[..., None, None], 1  # log2(K) rounds: h becomes a sum of 1, 2, 4, ... terms
     while step < h.shape[-1]:
         later, earlier = slice(step, None), slice(None, -step)
         to, source = (earlier, later) if reverse else (later, earlier)
@@ -361,18 +346,15 @@ class DampedEMA(nn.Module):
         return p * self.ema_expansion_matrix.squeeze(-1), 1 - p * decay, g
 
     def forward(self, x: Tensor, mask=None, state=None, mode=None) -> tuple[Tensor, Tensor | None]:
-        """x (B, L, D), mask (B, L), False at pads, which enter as 0, state (B, D, N) -> y, state
-        after x, None in the modes and directions that have none.
-        """
+        """x (B, L, D), mask (B, L), 0 at pads, state (B, D, N) -> y, last state or None."""
         truncation, bidirectional = self.config.truncation, self.config.bidirectional
         steps = "recurrent" if x.shape[1] <= 16 else "blockwise"  # by measurement
         mode = mode or self.mode or (steps if truncation is None else "fft")
         require(mode in EMA_MODES, f"EMA mode must be one of {', '.join(EMA_MODES)}, got {mode!r}")
         carries = mode in ("recurrent", "blockwise")
-        truncates = truncation is None or not carries
-        require(truncates, f"EMA mode {mode!r} cannot truncate its kernel; use direct or fft")
-        goes_on = state is None or (carries and not bidirectional)
-        require(goes_on, f"EMA mode {mode!r} with {bidirectional=} cannot go on from a state")
+        fits = not (carries and truncation) and (state is None or (carries and not bidirectional))
+        rule = "only direct and fft truncate, only recurrent and blockwise go on from a state"
+        require(fits, f"EMA mode {mode!r} with {truncation=}, {bidirectional=}: {rule}, one way")
         inputs = x if mask is None else x * mask.unsqueeze(-1)
         if bidirectional:  # the second D channels read from right to left
             inputs = torch.cat([inputs, inputs.flip(1)], -1)
@@ -403,16 +385,13 @@ ATTENTION_FUNCTIONS |= {"laplace": laplace, "relu2": lambda x: F.relu(x).square(
 
 
 def attention(layer: nn.Module, q, k, v, bias: Tensor, visible: Tensor | None):
-    """The config's attention of queries q (.., c, Z) over keys k (.., w, Z) and values v (.., w, V).
-
-    bias (c, w), visible (.., c, w) or None for all -> output (.., c, V), weights (.., c, w). Scores
-    are scaled by 1/sqrt(Z) or, outside softmax, by the number of visible keys.
+    """q (.., c, Z), k (.., w, Z), v (.., w, V), bias (c, w), visible (.., c, w) or None -> output
+    (.., c, V), weights (.., c, w). Softmax scales by 1/sqrt(Z), the others by 1/visible keys.
     """
-    kind, count = layer.config.attention_activation, k.shape[-2]
-    if visible is not None:
-        count = visible.sum(-1, keepdim=True).clamp(min=1)
-    scores = at_least_fp32((q * q.shape[-1] ** -0.5 if kind == "softmax" else q / count) @ k.mT)
-    scores = scores + bias
+    kind = layer.config.attention_activation
+    count = k.shape[-2] if visible is None else visible.sum(-1, keepdim=True).clamp(min=1)
+    scaled = q * q.shape[-1] ** -0.5 if kind == "softmax" else q / count
+    scores = at_least_fp32(scaled @ k.mT) + bias
     if visible is None:
         weights = ATTENTION_FUNCTIONS[kind](scores)
     else:  # filled again after the function: a query that sees nothing gets zeros
@@ -440,10 +419,7 @@ class SimpleBias(nn.Module):
 
 
 class RotaryBias(nn.Module):
-    """bias[i, j] = (R_i alpha) . (R_j b): two learned vectors, turned by their places' angles.
-
-    It depends on j - i alone and has no limit of length. It is not RoPE on q and k.
-    """
+    """bias[i, j] = (R_i alpha) . (R_j b), turned by their places' angles; not RoPE on q and k."""
 
     def __init__(self, config: MegaConfig):
         super().__init__()
@@ -538,7 +514,7 @@ class MovingAverageGatedAttention(nn.Module):
         self.rel_pos_bias = POSITION_BIASES[config.relative_positional_bias](config)
 
     def forward(self, x: Tensor, mask=None, past: tuple = (), use_cache: bool = False):
-        """x (B, L, D), mask (B, R + L), False at pads -> y (B, L, D), past after x, weights. A past is
+        """x (B, L, D), mask (B, R + L), False at pads -> y (B, L, D), the next past, weights. Past:
         the EMA's state (B, D, N), keys (B, R, Z) and values (B, R, V), of all if not chunking.
         """
         config, (D, V, Z), activation = self.config, self.sizes, ACTIVATIONS[self.config.activation]
@@ -596,8 +572,8 @@ class GatedCrossAttention(nn.Module):
         self.rel_pos_bias = POSITION_BIASES[config.relative_positional_bias](config)
 
     def forward(self, x: Tensor, source, mask=None, start: int = 0, past: tuple = ()):
-        """x (B, L, D) from position `start` on, source (B, S, D), mask (B, S), False at pads -> y
-        (B, L, D), keys (B, S, Z) and values (B, S, D), which as `past` replace the source, weights.
+        """x (B, L, D) from `start` on, source (B, S, D), mask (B, S), 0 at pads -> y (B, L, D),
+        keys (B, S, Z) and values (B, S, D), as `past` in the source's place, weights (B, L, S).
         """
         config, activation = self.config, ACTIVATIONS[self.config.activation]
         k, v = past or (self.k_proj(source), activation(self.v_proj(source)))
@@ -629,8 +605,8 @@ class NormalizedFeedForward(nn.Module):
         super().__init__()
         self.config = config
         self.norm = SequenceNorm(config, config.norm_affine)
-        self.fc1 = linear(config, config.hidden_size, config.nffn_hidden_size)
-        self.fc2 = linear(config, config.nffn_hidden_size, config.hidden_size)
+        D, size = config.hidden_size, config.nffn_hidden_size
+        self.fc1, self.fc2 = linear(config, D, size), linear(config, size, D)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, L, D)
         config, pre = self.config, self.config.normalize_before_ffn
@@ -650,9 +626,7 @@ class MegaBlock(nn.Module):
         self.nffn = NormalizedFeedForward(config) if config.use_normalized_ffn else nn.Identity()
 
     def forward(self, x: Tensor, mask=None, past: tuple = (), use_cache=False, cross: tuple = ()):
-        """As MovingAverageGatedAttention, then with `cross`, its source, mask and start, as
-        GatedCrossAttention -> x (B, L, D), the past of both or None, the weights of each.
-        """
+        """As its parts; `cross`: source, mask, start -> y, both pasts or None, weights of each."""
         x, new, weights = self.mega_layer(x, mask, past[:3], use_cache)
         crossed = None
         if self.cross_attn is not None:
@@ -705,23 +679,15 @@ class MegaOutput:
 
 
 class MegaBase(nn.Module):
-    """What the bare model and those with a head share: their vocabulary's size, and files."""
+    """What the bare model and the heads on it share: weights as a whole (data/checkpoint.py)."""
 
     output = ""  # the name of a head's last layer
 
     def resize_token_embeddings(self, size: int):
         """Keep the first `size` tokens, or add new ones; output layer and config follow."""
-        replace(self.config, vocab_size=size)  # a ValueError if it can't be
-        resized = {}  # so that tied parameters stay one
-        for name, layer in self.named_modules():
-            if name.endswith(("word_embeddings", "lm_head")):
-                for key, old in list(layer.named_parameters()):
-                    std = self.config.initializer_range if old.dim() > 1 else 0  # biases start at 0
-                    new = old.data.new_empty(size, *old.shape[1:]).normal_(std=std)
-                    new[: len(old)] = old.data[:size]
-                    setattr(layer, key, resized.setdefault(old, nn.Parameter(new)))
-                layer.num_embeddings = layer.out_features = size
-        self.config.vocab_size = size
+        from data import checkpoint
+
+        checkpoint.resize(self, size)
 
     def save_pretrained(self, folder: str):
         """Write config.json and model.safetensors, which Hugging Face's library reads, too."""
@@ -731,11 +697,8 @@ class MegaBase(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source: str, ignore_mismatched_sizes: bool = False, **settings):
-        """The model, in eval mode, of a folder or a hub id `owner/name`, with settings changed.
-
-        OSError and ValueError say what can't be read or does not fit. A warning names what stays
-        as initialised: a head or cross-attention that the file lacks, and with
-        ignore_mismatched_sizes all that does not fit.
+        """The model, in eval mode, of a folder or hub id `owner/name`, with settings changed; an
+        OSError or ValueError if it can't be read or does not fit, a warning if it lacks a head.
         """
         from data import checkpoint
 
@@ -755,9 +718,7 @@ class MegaModel(MegaBase):
         if config.add_token_type_embeddings:
             tables["token_type_embeddings"] = nn.Embedding(config.type_vocab_size, D)
         for table in tables.values():
-            table.weight.data.normal_(std=config.initializer_range)
-        if config.pad_token_id is not None:
-            tables["word_embeddings"].weight.data[config.pad_token_id] = 0
+            table.weight.data *= config.initializer_range  # PyTorch's are from N(0, 1), pads 0
         self.embedding_layer = nn.ModuleDict(tables)
         self.layers = nn.ModuleList(MegaBlock(config) for _ in range(config.num_hidden_layers))
         self.final_norm = SequenceNorm(config, False) if config.final_norm else nn.Identity()
@@ -768,11 +729,10 @@ class MegaModel(MegaBase):
                 output_attentions=False, output_hidden_states=False) -> MegaOutput:  # fmt: skip
         """input_ids (B, L) or inputs_embeds (B, L, D) -> last_hidden_state (B, L, D), and more.
 
-        Masks, (B, L) and (B, S), of any dtype are 0 at pads; token types (B, L) are read where the
-        config has them, 0 if not given; cross-attention needs encoder_hidden_states (B, S, D).
-        A MegaCache given is always used: the input, of any length, goes on where it ends, the
-        encoder's states are those of the start, and the mask is the input's or that of all since
-        then. `use_cache` asks for the cache after the input, by default of a decoder in eval mode.
+        Masks (B, L) and (B, S) are 0 at pads; token types (B, L), 0 unless given, are read where
+        the config has them; cross-attention needs encoder_hidden_states (B, S, D). A cache given is
+        always used: the input goes on where it ends, with the encoder's states of its start, and
+        the mask may be the input's or that of all since then. `use_cache` asks for the next one.
         """
         config, source, source_mask = self.config, encoder_hidden_states, encoder_attention_mask
         can_cache = config.is_decoder and config.truncation is None
@@ -798,9 +758,8 @@ class MegaModel(MegaBase):
             maps += [weights] if output_attentions else []
         out = MegaOutput(last_hidden_state=self.final_norm(x))
         out.hidden_states = tuple(hidden) if output_hidden_states else None
-        if output_attentions:
-            out.attentions, crossed = zip(*maps, strict=True)
-            out.cross_attentions = crossed if config.add_cross_attention else None
+        out.attentions, crossed = zip(*maps, strict=True) if output_attentions else (None, None)
+        out.cross_attentions = crossed if config.add_cross_attention else None
         if self.pooler is not None:
             pooled = self.pool(out.last_hidden_state, attention_mask)
             out.pooler_output = torch.tanh(self.pooler["dense"](pooled))
@@ -837,13 +796,11 @@ def check_ids(name: str, ids: Tensor, limit: int, *shape: int):
     """ValueError unless `ids` is a non-empty (B, L) of integers from 0 to limit - 1."""
     check_shape(name, ids, *(shape or "BL"))
     require(ids.dtype in (torch.int64, torch.int32), f"{name} must be integers, got {ids.dtype}")
-    # Only on a CPU: a look at the numbers would wait for a GPU.
-    for extreme in (ids.min(), ids.max()) if ids.device.type == "cpu" else ():
+    for extreme in (ids.min(), ids.max()) if ids.device.type == "cpu" else ():  # no wait for a GPU
         require(0 <= extreme < limit, f"{name} must be from 0 to {limit - 1}, got {extreme}")
 
 
 # -------------------------------------------------------------------------------------- 6 heads
-# A head is its layers and its loss on top of the model.
 
 
 class MegaHead(MegaBase):
@@ -879,11 +836,7 @@ class MegaForTokenClassification(MegaHead):
 
 
 class MegaForSequenceClassification(MegaHead):
-    """Scores for each row: logits (B, num_labels).
-
-    labels are numbers, (B) if num_labels is 1, classes (B), or flags (B, num_labels): as
-    problem_type says, or else numbers for one label, classes if integers, flags if floats.
-    """
+    """Scores for each row (B, num_labels); labels: classes, numbers (B), flags (B, num_labels)."""
 
     def __init__(self, config: MegaConfig):
         super().__init__(config, config.num_labels, config.classifier_dropout)
@@ -919,10 +872,7 @@ class MegaForMultipleChoice(MegaHead):
 
 
 class MegaForQuestionAnswering(MegaHead):
-    """Scores of each position as an answer's first and last: start_logits, end_logits (B, L).
-
-    Positions (B) give the loss, the mean of both; those outside of the row are left out.
-    """
+    """Scores of each place as an answer's start and end (B, L); a place outside has no loss."""
 
     output = "qa_outputs"
 
@@ -934,12 +884,10 @@ class MegaForQuestionAnswering(MegaHead):
         out = super().forward(*args, **inputs)
         out.start_logits, out.end_logits = out.logits.unbind(-1)
         if start_positions is not None and end_positions is not None:
-            L, places = out.logits.shape[1], (start_positions, end_positions)
-            scores = at_least_fp32(out.logits).unbind(-1)  # a place outside is L
-            losses = [
-                cross_entropy(x, p.clamp(0, L), L) for x, p in zip(scores, places, strict=True)
-            ]
-            out.loss = sum(losses) / 2
+            L = out.logits.shape[1]  # stands for all places outside
+            start = cross_entropy(at_least_fp32(out.start_logits), start_positions.clamp(0, L), L)
+            end = cross_entropy(at_least_fp32(out.end_logits), end_positions.clamp(0, L), L)
+            out.loss = (start + end) / 2
         return out
 
 
@@ -968,10 +916,8 @@ class MegaForMaskedLM(LanguageModel):
 
 
 class MegaForCausalLM(LanguageModel):
-    """Predicts the next token: a decoder, is_decoder=True and bidirectional=False.
-
-    labels[t] is the token at t, predicted from those before it, or with shift_labels=False the
-    token after t, so that L inputs train L predictions. Pads count unless labelled -100.
+    """Predicts the next token. labels[t] is the token at t, predicted from those before it, or with
+    shift_labels=False that after t, so that L inputs train L predictions; pads need -100.
     """
 
     output = "lm_head"
@@ -991,10 +937,9 @@ class MegaForCausalLM(LanguageModel):
         """Continue input_ids (B, L): returns (B, L + new), new <= max_new_tokens.
 
         Temperature 0 takes the likeliest token; top_k and top_p limit the draw to the likeliest.
-        After its eos_token_id a row is filled with pads, or eos where the config has no pad, and
-        the call ends when all rows are. Pads in front (attention_mask 0) change nothing for a row.
-        `seed` makes draws repeatable; `stream` is called with each new token (B,). Other inputs are
-        MegaModel's: an encoder's states and mask, and token types; new tokens have the last type.
+        After its eos_token_id a row is filled with pads, or eos if there is no pad; the call ends
+        when all are. Pads in front (attention_mask 0) change nothing for a row. `stream` is called
+        with each new token (B,). New tokens have the last token type; other inputs as MegaModel's.
         """
         valid = top_k is None or top_k >= 1, top_p is None or 0 < top_p <= 1
         valid = max_new_tokens >= 0 and 0 <= temperature < math.inf and all(valid)
@@ -1006,7 +951,14 @@ class MegaForCausalLM(LanguageModel):
         if not config.use_chunking:  # the last token is not read
             config.check_length("prompt and new tokens:", ids.shape[1] - 1)
         if attention_mask is not None:
-            self.check_left_padding(attention_mask != 0, input_ids)
+            visible, whole = attention_mask != 0, config.attention_limit or 1
+            check_shape("attention_mask", visible, *input_ids.shape)
+            left = (visible.cumsum(1) > 0).eq(visible).all() and visible[:, -1].all()
+            require(left, "generate needs the pads in front of each row's tokens")
+            pads, crosses = (~visible).sum(1), config.add_cross_attention
+            fits = not (pads.any() if crosses else (pads % whole).any())
+            said = f"pads {pads.tolist()} move tokens against chunks or an encoder's states"
+            require(fits, f"{said}; give rows of one length, or one row at a time")
         generator = None if seed is None else torch.Generator(input_ids.device).manual_seed(seed)
         done = torch.zeros_like(ids[:, 0], dtype=torch.bool)
         training = [module for module in self.modules() if module.training]
@@ -1029,16 +981,6 @@ class MegaForCausalLM(LanguageModel):
             for module in training:
                 module.training = True
         return ids[:, :end]
-
-    def check_left_padding(self, visible: Tensor, ids: Tensor):
-        """ValueError unless each row (B, L) is pads, then tokens that stand as if alone."""
-        check_shape("attention_mask", visible, *ids.shape)
-        left = (visible.cumsum(1) > 0).eq(visible).all() and visible[:, -1].all()
-        require(left, "generate needs the pads in front of each row's tokens")
-        pads, whole = (~visible).sum(1), self.config.attention_limit or 1
-        fits = not pads.any() if self.config.add_cross_attention else not (pads % whole).any()
-        said = f"pads {pads.tolist()} move tokens against chunks' borders or an encoder's states"
-        require(fits, f"{said}; give rows of one length, or one row at a time")
 
 
 def draw(logits: Tensor, temperature: float, top_k, top_p, generator) -> Tensor:

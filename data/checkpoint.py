@@ -1,12 +1,13 @@
 """Checkpoints in Hugging Face's layout: a config.json, and weights in one file or in shards.
 
-`save_pretrained` and `from_pretrained` of mega.py's models are made of these three functions.
+What mega.py's models do with their weights as a whole: `from_pretrained` is read and fill,
+`save_pretrained` is write, `resize_token_embeddings` is resize.
 """
 
 import json
 import re
 import warnings
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -84,6 +85,21 @@ def fill(model: nn.Module, weights: dict[str, Tensor], ignore_mismatched_sizes: 
     said = [f"{what}: {', '.join(names)}" for what, names in lists.items() if names]
     if said:
         warnings.warn(f"{source}: {'; '.join(said)}", stacklevel=3)
+
+
+def resize(model: nn.Module, size: int):
+    """Keep the first `size` tokens, or add new ones, in place; ValueError if that can't be."""
+    replace(model.config, vocab_size=size)  # which checks it
+    resized = {}  # so that a tied parameter stays one
+    for name, layer in model.named_modules():
+        if name.endswith(("word_embeddings", "lm_head")):
+            for key, old in list(layer.named_parameters()):
+                std = model.config.initializer_range if old.dim() > 1 else 0  # biases start at 0
+                new = old.data.new_empty(size, *old.shape[1:]).normal_(std=std)
+                new[: len(old)] = old.data[:size]
+                setattr(layer, key, resized.setdefault(old, nn.Parameter(new)))
+            layer.num_embeddings = layer.out_features = size
+    model.config.vocab_size = size
 
 
 def misfit(config, name: str, found: Tensor | None, asked: Tensor) -> str:
