@@ -686,14 +686,23 @@ def test_dropout_is_where_the_paper_has_it(monkeypatch):
         return x
 
     monkeypatch.setattr(mega, "dropout", record)
-    block = mega.MegaBlock(
-        small_config(dropout_prob=0.1, hidden_dropout_prob=0.2, nffn_activation_dropout_prob=0.3)
+    p = {"dropout_prob": 0.1, "hidden_dropout_prob": 0.2, "nffn_activation_dropout_prob": 0.3}
+    block = mega.MegaBlock(small_config(add_cross_attention=True, intermediate_size=12, **p))
+    block(torch.randn(1, 4, 8), cross=(torch.randn(1, 3, 8), None, 0))
+    layer, cross, ffn = (
+        "MovingAverageGatedAttention",
+        "GatedCrossAttention",
+        "NormalizedFeedForward",
     )
-    block(torch.randn(1, 4, 8))
-    layer, ffn = "MovingAverageGatedAttention", "NormalizedFeedForward"
     assert places == [
-        (layer, 12, 0.2), (layer, 8, 0.1), (layer, 8, 0.1), (ffn, 10, 0.3), (ffn, 8, 0.1)
+        (layer, 12, 0.2), (layer, 8, 0.1), (layer, 8, 0.1), (cross, 8, 0.2), (cross, 8, 0.1),
+        (ffn, 10, 0.3), (ffn, 8, 0.1),
     ]  # fmt: skip
+    rates, dropout = [], F.dropout
+    monkeypatch.setattr(F, "dropout", lambda x, p, *a: rates.append(p) or dropout(x, p, *a))
+    config = small_config(add_cross_attention=True, attention_probs_dropout_prob=0.4)
+    mega.MegaBlock(config)(torch.randn(1, 4, 8), cross=(torch.randn(1, 3, 8), None, 0))
+    assert rates == [0.4, 0.4]  # the weights of both
 
 
 def test_state_dict_keys_and_shapes_are_hugging_faces():
@@ -1132,7 +1141,9 @@ def test_the_other_heads_losses():
     model, many = head_model(mega.MegaForMultipleChoice), token_ids(1, 6, 5).view(2, 3, 5)
     logits = model(many).logits
     assert logits.shape == (2, 3)
-    close(logits[1, 2], model(many[1:, 2:]).logits[0, 0], 1e-6)
+    for b, choice in itertools.product(range(2), range(3)):
+        alone = model(many[b : b + 1, choice : choice + 1]).logits
+        close(logits[b, choice], alone[0, 0], 1e-6)
     expected = -(logp(logits)[0, 2] + logp(logits)[1, 0]) / 2
     close(model(many, labels=torch.tensor([2, 0])).loss, expected)
     mask, types = torch.ones(2, 3, 5), torch.zeros(2, 3, 5, dtype=torch.long)
@@ -1468,6 +1479,22 @@ def test_tied_and_untied_files_open_in_every_combination(tmp_path, file_tied, mo
         assert torch.equal(words, old)
     names = safetensors.torch.load_file(tmp_path / "model.safetensors").keys()
     assert ("lm_head.weight" in names) != file_tied
+
+
+def test_the_statistics_of_batchnorm_are_saved(tmp_path):
+    model = causal_lm(normalization_type="batchnorm").train()
+    model(token_ids(0, 2, 6))
+    model.save_pretrained(tmp_path)
+    assert same_weights(model, MegaForCausalLM.from_pretrained(tmp_path))
+
+
+def test_a_tied_file_may_have_the_output_instead_of_the_embedding(tmp_path):
+    model = causal_lm()
+    model.save_pretrained(tmp_path)
+    weights = model.state_dict()
+    del weights["mega.embedding_layer.word_embeddings.weight"]
+    write_weights(tmp_path, weights, "bin")
+    assert same_weights(model, MegaForCausalLM.from_pretrained(tmp_path))
 
 
 MISFITS = {
@@ -1993,7 +2020,7 @@ ROBERTA_WORDS = [
 ]
 
 
-def roberta_files(folder: Path, texts: str = "the model of paris is the capital of france " * 3):
+def roberta_files(folder: Path, texts: str = "the model of paris is the capital of france 1234"):
     """A small RoBERTa vocabulary, vocab.json and merges.txt, as its tokenizer writes them."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in plain]
@@ -2024,6 +2051,14 @@ def roberta(tmp_path_factory):
     tokens = roberta_files(folder)
     codec = prepare.load_roberta(folder / "vocab.json", folder / "merges.txt")
     return folder, tokens, codec
+
+
+def test_robertas_words_are_cut_as_gpt2s_are(roberta):
+    _, tokens, codec = roberta
+    number = {token: i for i, token in enumerate(tokens)}
+    # A space belongs to the word after it, and one of several too; digits are not cut by threes.
+    expected = [number[token] for token in ("<s>", "Ġthe", "Ġ", "Ġ", "Ġmodel", "Ġ1234", "</s>")]
+    assert codec.encode(" the   model 1234</s>") == expected
 
 
 @given(st.text() | st.lists(st.sampled_from(ROBERTA_WORDS)).map(" ".join))
@@ -2272,17 +2307,22 @@ def test_fill_mask_names_the_likeliest_tokens(masked, capsys):
 
 def test_a_masked_model_continues_a_prompt_by_masks_and_says_what_that_means(masked, capsys):
     folder, model, codec = masked
-    flags = ["--model", folder, "--prompt=paris is", "--max_new_tokens=4", "--temperature=0"]
-    assert call(sample.main, *flags) == 0
-    captured = capsys.readouterr()
-    assert "learned to fill masks" in captured.err and captured.err.count("\n") == 1
-    ids = codec.encode("paris is")
-    for _ in range(4):
-        ids.append(model(torch.tensor([[*ids, codec.mask]])).logits[0, -1].argmax().item())
-        if ids[-1] == codec.end_of_text:
-            break
-    text = codec.decode_bytes(ids).decode("utf-8", "replace")
-    assert captured.out == text + "\n"
+    different = set()
+    for prompt in ("paris is", "the", "of the model", "capital 1234 a"):
+        flags = [f"--prompt={prompt}", "--max_new_tokens=4", "--temperature=0"]
+        assert call(sample.main, "--model", folder, *flags) == 0
+        captured = capsys.readouterr()
+        assert "learned to fill masks" in captured.err and captured.err.count("\n") == 1
+        ids = codec.encode(prompt)
+        start = len(ids)
+        for _ in range(4):
+            ids.append(model(torch.tensor([[*ids, codec.mask]])).logits[0, -1].argmax().item())
+            if ids[-1] == codec.end_of_text:
+                break
+        text = codec.decode_bytes(ids).decode("utf-8", "replace")
+        assert captured.out == text + "\n"
+        different.add(len(set(ids[start:])))
+    assert max(different) > 1  # a token depends on those before it
 
 
 def test_a_checkpoint_of_the_hub_is_sampled_and_of_another_kind_refused(
