@@ -388,10 +388,10 @@ def attention(layer: nn.Module, q, k, v, bias: Tensor, visible: Tensor | None):
     """q (.., c, Z), k (.., w, Z), v (.., w, V), bias (c, w), visible (.., c, w) or None -> output
     (.., c, V), weights (.., c, w). Softmax scales by 1/sqrt(Z), the others by 1/visible keys.
     """
-    kind = layer.config.attention_activation
-    count = k.shape[-2] if visible is None else visible.sum(-1, keepdim=True).clamp(min=1)
-    scaled = q * q.shape[-1] ** -0.5 if kind == "softmax" else q / count
-    scores = at_least_fp32(scaled @ k.mT) + bias
+    kind, divisor = layer.config.attention_activation, math.sqrt(q.shape[-1])
+    if kind != "softmax":
+        divisor = k.shape[-2] if visible is None else visible.sum(-1, keepdim=True).clamp(min=1)
+    scores = at_least_fp32((q / divisor) @ k.mT) + bias
     if visible is None:
         weights = ATTENTION_FUNCTIONS[kind](scores)
     else:  # filled again after the function: a query that sees nothing gets zeros
