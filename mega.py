@@ -114,8 +114,10 @@ class MegaConfig:
                 rule, valid = f"from 0 to below {top}", kind in (int, float) and 0 <= value < top
             elif f.name == "chunk_size":
                 rule, valid = f"{rule} with use_chunking=True", valid or not self.use_chunking
-            optional = "dict" in str(f.type) or (value is None and "None" in str(f.type))
-            require(valid or optional, f"{f.name} must be {rule}, got {value!r}")
+            elif "dict" in str(f.type):
+                rule, valid = "a dict", kind is dict
+            valid = valid or (value is None and "None" in str(f.type))
+            require(valid, f"{f.name} must be {rule}, got {value!r}")
         Z, pad, size = self.shared_representation_size, self.pad_token_id, self.vocab_size
         rotary, decoder = self.relative_positional_bias == "rotary", self.is_decoder
         pre = self.normalize_before_mega and self.normalize_before_ffn
@@ -916,9 +918,7 @@ class MegaForMaskedLM(LanguageModel):
 
 
 class MegaForCausalLM(LanguageModel):
-    """Predicts the next token. labels[t] is the token at t, predicted from those before it, or with
-    shift_labels=False that after t, so that L inputs train L predictions; pads need -100.
-    """
+    """Predicts the next token; labels[t] is the token at t or, with shift_labels=False, after it."""
 
     output = "lm_head"
 

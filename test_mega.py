@@ -168,7 +168,7 @@ BAD_CONFIGS = [
     {"attention_probs_dropout_prob": math.nan}, {"initializer_range": -1.0},
     {"ema_beta_range": math.inf}, {"relative_positional_bias": "rope"}, {"max_positions": 0},
     {"is_decoder": True, "bidirectional": True}, {"is_decoder": False, "add_cross_attention": True},
-    {"num_labels": 3, "id2label": {0: "no", 1: "yes"}},
+    {"num_labels": 3, "id2label": {0: "no", 1: "yes"}}, {"id2label": ["no", "yes"]},
     {"pad_token_id": 99}, {"pad_token_id": -1}, {"eos_token_id": 1.5}, {"num_labels": 0},
     {"problem_type": "ranking"}, {"bidirectional": None}, {"nffn_hidden_size": None},
     {"final_norm": True, "normalize_before_ffn": False},
@@ -1550,6 +1550,15 @@ def test_a_bidirectional_checkpoint_opens_as_a_decoder_only_on_request(tmp_path)
         mega.MegaForMaskedLM.from_pretrained(
             tmp_path / "causal", is_decoder=False, bidirectional=True
         )
+
+
+@quiet
+def test_a_config_that_is_no_config_is_named(tmp_path):
+    head_model(MegaModel).save_pretrained(tmp_path)
+    for content in ("", "{", "[]", "null", '"x"', "3"):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(ValueError, match="config.json (can't be read|must hold)"):
+            MegaModel.from_pretrained(tmp_path)
 
 
 @quiet

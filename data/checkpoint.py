@@ -40,10 +40,10 @@ def read(source: str | Path) -> tuple[dict, dict[str, Tensor]]:
     Tensors are named as in a bare model or, outside of it, in a head. FileNotFoundError if a file
     is missing, OSError if it can't be had, ValueError if it can't be read.
     """
-    config = json.loads(Path(find_file(source, "config.json")).read_text("utf-8"))
+    config = read_json(find_file(source, "config.json"))
     paths = [find_file(source, *WEIGHTS, *(f"{name}.index.json" for name in WEIGHTS))]
     if paths[0].endswith(".json"):
-        shards = json.loads(Path(paths[0]).read_text("utf-8"))["weight_map"].values()
+        shards = read_json(paths[0]).get("weight_map", {}).values()
         paths = [find_file(source, Path(shard).name) for shard in sorted(set(shards))]
     weights = {}
     for path in paths:
@@ -55,6 +55,13 @@ def read(source: str | Path) -> tuple[dict, dict[str, Tensor]]:
     # torch.compile and DDP leave prefixes, and a head calls the bare model `mega`.
     plain = {re.sub(r"\b(_orig_mod|module|mega)\.", "", name): x for name, x in weights.items()}
     return config, plain
+
+
+def read_json(path: str) -> dict:
+    try:
+        return {**json.loads(Path(path).read_text("utf-8"))}
+    except (ValueError, TypeError) as error:  # no JSON, or no object
+        raise ValueError(f"{path} can't be read ({error})") from None
 
 
 def fill(model: nn.Module, weights: dict[str, Tensor], ignore_mismatched_sizes: bool, source: str):
@@ -106,11 +113,14 @@ def misfit(config, name: str, found: Tensor | None, asked: Tensor) -> str:
     """What is wrong with a file's tensor, the settings that explain it, and the way on."""
     if found is None:
         return f"tensor {name} is missing; its kinds of layers, norms or biases are others"
+    said = f"tensor {name} is {tuple(found.shape)}, but the config asks for {tuple(asked.shape)}"
+    if "ema_gate" in name and len(found) == 2 * len(asked):
+        way = "or keep the half from left to right with ignore_mismatched_sizes=True"
+        return f"{said}; the file needs bidirectional=True and is_decoder=False, {way}"
+    if "ema_gate" in name and 2 * len(found) == len(asked):
+        return f"{said}; the file needs bidirectional=False"
     sizes = {a for a, b in zip(asked.shape, found.shape, strict=False) if a != b}
     numbers = {f.name: getattr(config, f.name) for f in fields(config) if f.type is int}
     settings = [f"{n}={x}" for n, x in numbers.items() if {x, 2 * x - 1} & sizes]
-    if "ema_gate" in name and len(asked) in (2 * len(found), len(found) / 2):
-        settings = [f"its file being of a model with bidirectional={not config.bidirectional}"]
-    said = f"tensor {name} is {tuple(found.shape)}, but the config asks for {tuple(asked.shape)}"
     reason = f", due to {' or '.join(settings)}" if settings else ""
     return f"{said}{reason}; ignore_mismatched_sizes=True starts it anew"
