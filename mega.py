@@ -918,7 +918,7 @@ class MegaForMaskedLM(LanguageModel):
 
 
 class MegaForCausalLM(LanguageModel):
-    """Predicts the next token; labels[t] is the token at t or, with shift_labels=False, after it."""
+    """Predicts the next token; labels[t] is the token at t or, if not shift_labels, after it."""
 
     output = "lm_head"
 
