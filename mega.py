@@ -148,7 +148,8 @@ class MegaConfig:
         extra, kind = dict(values), values.get("model_type", "mega")
         require(kind == "mega", f"the config is of a {kind!r} model, not of a mega")
         known = {f.name: extra.pop(f.name) for f in fields(cls) if f.name in extra}
-        names = None if "num_labels" in settings else known.get("id2label")
+        names = known.get("id2label") or {}
+        names = names if settings.get("num_labels", len(names)) == len(names) else {}
         known |= {"id2label": names, "extra": extra} | ({"num_labels": len(names)} if names else {})
         return cls(**known | settings)
 

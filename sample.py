@@ -37,14 +37,16 @@ def load_model(source: str | Path):
     try:
         config = json.loads(Path(find_file(str(source), "config.json")).read_text("utf-8"))
         kind = "MegaForCausalLM" if config.get("is_decoder") else "MegaForMaskedLM"
-        kind = (config.get("architectures") or [kind])[0]
+        kind = next(iter(config.get("architectures") or [kind]), kind)
         if kind not in KINDS:
             raise UserError(f"{source} is a {kind}; sample.py needs a {' or a '.join(KINDS)}")
         model = KINDS[kind].from_pretrained(str(source))
     except FileNotFoundError as error:
         mend = "python train.py makes one, --model names another"
         raise UserError(f"there is no checkpoint in {source} ({error}); {mend}") from None
-    except (OSError, ValueError, TypeError, AttributeError, SafetensorError) as error:
+    except OSError as error:
+        raise UserError(f"the checkpoint in {source} can't be read ({error})") from None
+    except (ValueError, TypeError, AttributeError, SafetensorError) as error:
         raise UserError(f"the checkpoint in {source} can't be read ({short(error)})") from None
     codec = find_tokenizer(str(source))
     sizes = f"{codec.size} tokens and its model {model.config.vocab_size}"
@@ -188,7 +190,10 @@ def main():
         print(text, end="", flush=True)
 
     if task == "fill-mask":
-        return fill_masks(model, codec, prompt, write, top_k or 5)
+        try:
+            return fill_masks(model, codec, prompt, write, top_k or 5)
+        except ValueError as error:
+            raise UserError(str(error)) from None
     if isinstance(model, MegaForMaskedLM):
         note(
             f"{source} learned to fill masks from the text on both sides. Here it fills one mask "

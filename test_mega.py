@@ -1573,10 +1573,15 @@ def test_what_does_not_fit_starts_anew_on_request_and_is_named(tmp_path):
     assert same_weights(model.mega, found.mega)
     with pytest.warns(UserWarning, match="not used: .*layers.1"):
         head.from_pretrained(tmp_path, num_hidden_layers=1)
+    causal_lm(add_cross_attention=True).save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="not used: .*cross_attn"):
+        MegaForCausalLM.from_pretrained(tmp_path, add_cross_attention=False)
+    with pytest.warns(UserWarning, match="not used: dense.weight|not used: dense.bias"):
+        MegaForCausalLM.from_pretrained(tmp_path, add_lm_hidden_dense_layer=False)
 
 
 def test_labels_are_read_and_written(tmp_path):
-    names = {0: "no", 1: "maybe", 2: "yes"}
+    names = names_given = {0: "no", 1: "maybe", 2: "yes"}
     model = head_model(mega.MegaForTokenClassification, id2label=names)
     assert model.config.num_labels == 3
     model.save_pretrained(tmp_path)
@@ -1593,6 +1598,8 @@ def test_labels_are_read_and_written(tmp_path):
     names = {str(i): f"LABEL_{i}" for i in range(4)}
     assert MegaConfig.from_dict({"id2label": names}).num_labels == 4
     assert MegaConfig.from_dict({"id2label": names}, num_labels=5).num_labels == 5
+    kept = mega.MegaForTokenClassification.from_pretrained(tmp_path, num_labels=3)
+    assert kept.config.id2label == names_given
     with pytest.raises(ValueError, match="'bert' model"):
         MegaConfig.from_dict({"model_type": "bert"})
 
@@ -1613,7 +1620,7 @@ def test_a_file_that_is_no_checkpoint_is_named(tmp_path):
         MegaForCausalLM.from_pretrained(tmp_path)
     assert not (tmp_path / "broken-into").exists()
     (tmp_path / "pytorch_model.bin").unlink()
-    with pytest.raises(FileNotFoundError, match="has no model.safetensors or pytorch_model.bin"):
+    with pytest.raises(FileNotFoundError, match="has no model.safetensors or .*pytorch_model.bin"):
         MegaForCausalLM.from_pretrained(tmp_path)
     with pytest.raises(FileNotFoundError, match="nowhere has no config.json"):
         MegaForCausalLM.from_pretrained("nowhere")
@@ -1639,6 +1646,9 @@ def test_resized_embeddings_keep_what_they_have(tmp_path, head, size, tied):
         assert (output.weight is words["word_embeddings"].weight) == tied
         assert output.out_features == size and not output.bias[kept:].any()
     table = getattr(model, "mega", model).embedding_layer["word_embeddings"]
+    frozen = copy.deepcopy(old).requires_grad_(False)
+    frozen.resize_token_embeddings(size)
+    assert not any(parameter.requires_grad for parameter in frozen.parameters())
     new = table.weight[kept:]
     assert table.num_embeddings == size and (len(new) == 0 or 0 < new.std() < 0.05)
     model.save_pretrained(tmp_path)
@@ -1754,7 +1764,14 @@ def test_a_download_that_fails_leaves_nothing_and_says_why(hub, tmp_path, monkey
 
 
 def test_the_token_goes_to_the_hub_alone(hub, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", "s3cret")
+    for path in ("./out", "../out", f"{tmp_path.name}/none/deep"):
+        with pytest.raises(FileNotFoundError, match="has no config.json"):
+            MegaForCausalLM.from_pretrained(path)
+    monkeypatch.setenv("HF_TOKEN", "s3\ncret")
+    with pytest.raises(OSError, match="HF_TOKEN") as error:
+        MegaForCausalLM.from_pretrained("owner/name")
+    assert "cret" not in str(error.value) and not hub.asked
+    monkeypatch.setenv("HF_TOKEN", "s3cret\n")
     hub.secret = "s3cret"
     with Hub(tmp_path / "served") as other:
         hub.moved = other.url
@@ -3101,6 +3118,7 @@ def their_labels(data, head, config, inputs, seed) -> dict:
 
 
 @pytest.mark.parametrize("head", HEADS, ids=lambda head: head.__name__)
+@settings(max_examples=min(300, settings.default.max_examples))  # of each head
 @given(st.data(), seeds, st.booleans())
 def test_every_head_equals_that_of_transformers(
     transformers, tmp_path_factory, head, data, seed, training

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from data.hub import find_file
 
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+WEIGHTS += ("pytorch_model.bin", "pytorch_model.bin.index.json")  # the first found is read
 BACKBONE = r"layers\.\d+\.(mega_layer|nffn)\.|word_embeddings"  # what no checkpoint may lack
 
 
@@ -28,10 +29,14 @@ def write(model: nn.Module, folder: str | Path):
     files = {"config.json": json.dumps(config, indent=2).encode()}
     files["model.safetensors"] = save(weights, metadata={"format": "pt"})
     Path(folder).mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        Path(folder, name + ".part").write_bytes(content)
-    for name in files:
-        Path(folder, name + ".part").replace(Path(folder, name))
+    try:
+        for name, content in files.items():
+            Path(folder, name + ".part").write_bytes(content)
+        for name in files:
+            Path(folder, name + ".part").replace(Path(folder, name))
+    finally:
+        for name in files:
+            Path(folder, name + ".part").unlink(missing_ok=True)
 
 
 def read(source: str | Path) -> tuple[dict, dict[str, Tensor]]:
@@ -41,7 +46,7 @@ def read(source: str | Path) -> tuple[dict, dict[str, Tensor]]:
     is missing, OSError if it can't be had, ValueError if it can't be read.
     """
     config = read_json(find_file(source, "config.json"))
-    paths = [find_file(source, *WEIGHTS, *(f"{name}.index.json" for name in WEIGHTS))]
+    paths = [find_file(source, *WEIGHTS)]
     if paths[0].endswith(".json"):
         shards = read_json(paths[0]).get("weight_map", {}).values()
         paths = [find_file(source, Path(shard).name) for shard in sorted(set(shards))]
@@ -78,7 +83,8 @@ def fill(model: nn.Module, weights: dict[str, Tensor], ignore_mismatched_sizes: 
             weights[words] = weights[output]
     for name, tensor in model.state_dict().items():
         value = weights.pop(name.removeprefix("mega."), None)
-        if ignore_mismatched_sizes and value is not None and "ema_gate" in name:
+        both = value is not None and "ema_gate" in name and len(value) == 2 * len(tensor)
+        if ignore_mismatched_sizes and both and not model.config.bidirectional:
             value = value[: len(tensor)]  # of two directions the first, from left to right
         if value is not None and value.shape == tensor.shape:
             tensor.copy_(value)
@@ -87,7 +93,8 @@ def fill(model: nn.Module, weights: dict[str, Tensor], ignore_mismatched_sizes: 
         if not (optional or ignore_mismatched_sizes):
             raise ValueError(f"{source}: {misfit(model.config, name, value, tensor)}")
         fresh.append(name)
-    unused = [n for n in weights if re.search(BACKBONE, n) and "_float_tensor" not in n]
+    trained = rf"{BACKBONE}|cross_attn|token_type" + r"|^dense\." * model.output.endswith("lm_head")
+    unused = [n for n in weights if re.search(trained, n) and "_float_tensor" not in n]
     lists = {"initialised anew": fresh, "not used": unused}
     said = [f"{what}: {', '.join(names)}" for what, names in lists.items() if names]
     if said:
@@ -104,7 +111,8 @@ def resize(model: nn.Module, size: int):
                 std = model.config.initializer_range if old.dim() > 1 else 0  # biases start at 0
                 new = old.data.new_empty(size, *old.shape[1:]).normal_(std=std)
                 new[: len(old)] = old.data[:size]
-                setattr(layer, key, resized.setdefault(old, nn.Parameter(new)))
+                new = nn.Parameter(new, requires_grad=old.requires_grad)
+                setattr(layer, key, resized.setdefault(old, new))
             layer.num_embeddings = layer.out_features = size
     model.config.vocab_size = size
 
@@ -112,7 +120,8 @@ def resize(model: nn.Module, size: int):
 def misfit(config, name: str, found: Tensor | None, asked: Tensor) -> str:
     """What is wrong with a file's tensor, the settings that explain it, and the way on."""
     if found is None:
-        return f"tensor {name} is missing; its kinds of layers, norms or biases are others"
+        kinds = "num_hidden_layers, normalization_type, relative_positional_bias or other layers"
+        return f"tensor {name} is missing: are {kinds} those of the file, and is it of a MEGA?"
     said = f"tensor {name} is {tuple(found.shape)}, but the config asks for {tuple(asked.shape)}"
     if "ema_gate" in name and len(found) == 2 * len(asked):
         way = "or keep the half from left to right with ignore_mismatched_sizes=True"
@@ -120,7 +129,14 @@ def misfit(config, name: str, found: Tensor | None, asked: Tensor) -> str:
     if "ema_gate" in name and 2 * len(found) == len(asked):
         return f"{said}; the file needs bidirectional=False"
     sizes = {a for a, b in zip(asked.shape, found.shape, strict=False) if a != b}
+    counted = bool(re.search("classifier|qa_outputs|token_type", name))
     numbers = {f.name: getattr(config, f.name) for f in fields(config) if f.type is int}
-    settings = [f"{n}={x}" for n, x in numbers.items() if {x, 2 * x - 1} & sizes]
+    del numbers["num_hidden_layers"]
+    settings = [
+        f"{setting}={number}"
+        for setting, number in numbers.items()
+        if {number, 2 * number - 1} & sizes
+        and (setting in ("num_labels", "type_vocab_size")) == counted
+    ]
     reason = f", due to {' or '.join(settings)}" if settings else ""
     return f"{said}{reason}; ignore_mismatched_sizes=True starts it anew"

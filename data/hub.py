@@ -46,7 +46,7 @@ def find_file(source: str, *names: str) -> str:
     HF_TOKEN and HF_HOME, where the cache is, are known.
     """
     folder, repository = str(source), not os.path.isdir(source)
-    if repository and re.fullmatch(r"[\w.-]+/[\w.-]+", folder):
+    if repository and not os.path.exists(source) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", folder):
         home = os.path.expanduser(os.environ.get("HF_HOME") or "~/.cache/huggingface")
         folder = os.path.join(home, "mega", folder.replace("/", "--"))
     paths = {name: os.path.join(folder, name) for name in names}
@@ -58,10 +58,13 @@ def find_file(source: str, *names: str) -> str:
     wanted = f"{source} is no folder here, and {' or '.join(names)} of it"
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         raise FileNotFoundError(f"{wanted} is not in {folder}; HF_HUB_OFFLINE forbids a download")
+    token = os.environ.get("HF_TOKEN", "").strip()
+    if not (token.isascii() and (token.isprintable() or not token)):
+        raise OSError("HF_TOKEN has characters that no token has")  # and is not shown
     hub = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
     for name, path in paths.items():
         try:
-            download(f"{hub}/{source}/resolve/main/{name}", path, os.environ.get("HF_TOKEN"))
+            download(f"{hub}/{source}/resolve/main/{name}", path, token)
             return path
         except urllib.error.HTTPError as error:
             if error.code != 404:

@@ -129,6 +129,7 @@ class RobertaTokenizer:
         ids = [vocab.get(name, vocab["<unk>"]) for name in written.values()]
         self.ids = [*ids, *(vocab[name] for name in special)]  # of tiktoken's ranks
         self.bytes = dict(zip(ids, written, strict=True))
+        self.bytes.pop(vocab["<unk>"], None)  # any byte that the vocabulary lacks
         self.start, self.end_of_text, self.mask = vocab["<s>"], vocab["</s>"], vocab.get("<mask>")
         self.size = max(vocab.values()) + 1
 
