@@ -7,14 +7,13 @@ python sample.py --model mnaylor/mega-base-wikitext --task fill-mask \
 """
 
 import codecs
-import json
 import sys
 import warnings
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 
+from data.checkpoint import read_json
 from data.hub import find_file
 from data.prepare import (
     Parser,
@@ -29,13 +28,18 @@ from data.prepare import (
 )
 from mega import MegaForCausalLM, MegaForMaskedLM, draw
 
+ABOUT_MASKS = (
+    "{} learned to fill masks from the text on both sides. Here it fills one mask after another at "
+    "the end of the text, with nothing to the right: expect weak text, and a pass over all of it "
+    "for each token. --task fill-mask is what it was made for."
+)
 KINDS = {"MegaForCausalLM": MegaForCausalLM, "MegaForMaskedLM": MegaForMaskedLM}
 
 
 def load_model(source: str | Path):
     """The language model of a folder or hub id, in eval mode, and its tokenizer."""
     try:
-        config = json.loads(Path(find_file(str(source), "config.json")).read_text("utf-8"))
+        config = read_json(find_file(str(source), "config.json"))
         kind = "MegaForCausalLM" if config.get("is_decoder") else "MegaForMaskedLM"
         kind = next(iter(config.get("architectures") or [kind]), kind)
         if kind not in KINDS:
@@ -46,7 +50,7 @@ def load_model(source: str | Path):
         raise UserError(f"there is no checkpoint in {source} ({error}); {mend}") from None
     except OSError as error:
         raise UserError(f"the checkpoint in {source} can't be read ({error})") from None
-    except (ValueError, TypeError, AttributeError, SafetensorError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"the checkpoint in {source} can't be read ({short(error)})") from None
     codec = find_tokenizer(str(source))
     sizes = f"{codec.size} tokens and its model {model.config.vocab_size}"
@@ -189,24 +193,18 @@ def main():
     def write(text: str):
         print(text, end="", flush=True)
 
-    if task == "fill-mask":
-        try:
-            return fill_masks(model, codec, prompt, write, top_k or 5)
-        except ValueError as error:
-            raise UserError(str(error)) from None
-    if isinstance(model, MegaForMaskedLM):
-        note(
-            f"{source} learned to fill masks from the text on both sides. Here it fills one mask "
-            "after another at the end of the text, with nothing to the right: expect weak text, "
-            "and a pass over all of it for each token. --task fill-mask is what it was made for."
-        )
-    for i in range(samples):
-        write(f"--- sample {i + 1} of {samples}\n" * (samples > 1) + prompt)
-        try:
+    try:
+        if task == "fill-mask":
+            fill_masks(model, codec, prompt, write, top_k or 5)
+            return
+        if isinstance(model, MegaForMaskedLM):
+            note(ABOUT_MASKS.format(source))
+        for i in range(samples):
+            write(f"--- sample {i + 1} of {samples}\n" * (samples > 1) + prompt)
             continue_text(model, codec, prompt, write, seed=seed + i, **options)
-        except ValueError as error:
-            raise UserError(str(error)) from None
-        write("\n")
+            write("\n")
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 if __name__ == "__main__":
