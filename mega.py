@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass, field, fields
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 def require(valid, message: str):
@@ -36,9 +37,10 @@ def require(valid, message: str):
 
 def check_shape(name: str, x: Tensor, *shape: int | str):
     """A ValueError unless x has the shape, in which a letter stands for any size but 0."""
-    found, asked = tuple(x.shape), ", ".join(map(str, shape))
-    fits = all(b == a or (b and type(a) is str) for a, b in zip(shape, found, strict=False))
-    require(fits and len(found) == len(shape), f"{name} must be non-empty ({asked}), got {found}")
+    pairs = zip(shape, x.shape, strict=False)
+    if x.ndim != len(shape) or not all(b == a or (b and type(a) is str) for a, b in pairs):
+        asked = ", ".join(map(str, shape))
+        raise ValueError(f"{name} must be non-empty ({asked}), got {tuple(x.shape)}")
 
 
 # ------------------------------------------------------------------------------------- 1 config
@@ -95,6 +97,7 @@ class MegaConfig:
     final_norm: bool = False  # a norm without affine after the last pre-norm layer
     scale_embedding: bool = False  # embeddings times sqrt(D)
     mean_pooling: bool = False  # a row's vector is its mean, not its first position
+    gradient_checkpointing: bool = False  # backward computes each layer again: slower, far smaller
     extra: dict = field(default_factory=dict, repr=False)  # a config.json's unknown keys
 
     def __post_init__(self):
@@ -126,6 +129,8 @@ class MegaConfig:
         require(not (decoder and self.bidirectional), "is_decoder=True needs bidirectional=False")
         require(decoder or not self.add_cross_attention, "add_cross_attention needs is_decoder")
         require(pre or not self.final_norm, "final_norm needs both normalize_before_ settings")
+        twice = self.gradient_checkpointing and "batchnorm" in self.normalization_type
+        require(not twice, f"gradient_checkpointing would feed {self.normalization_type} twice")
         self.check_length("chunk_size", self.attention_limit or 1)
         count = self.num_labels  # a 2 may be just the default
         names = self.id2label or {i: f"LABEL_{i}" for i in range(count)}
@@ -241,7 +246,7 @@ def ema_recurrent(x: Tensor, u: Tensor, q: Tensor, g: Tensor, state=None) -> tup
     """The recurrence from `state`, step by step (equation 5): y, last state; O(L D N) time."""
     h, ys = initial_state(x, u, state), []
     for x_t in x.unbind(1):
-        h = q * h + u * x_t.unsqueeze(-1)  # (B, D, N)
+        h = torch.addcmul(q * h, u, x_t.unsqueeze(-1))  # q h + u x, (B, D, N)
         ys.append((g * h).sum(-1))
     return torch.stack(ys, 1), h
 
@@ -252,14 +257,15 @@ def ema_blockwise(x: Tensor, u: Tensor, q: Tensor, g: Tensor, state=None, block=
     past is earlier steps of its block, weighed by the first taps, and the state at its start.
     """
     require(block is None or block >= 1, f"block must be a positive integer or None, got {block}")
-    block = min(block or (32 if x.shape[1] <= 8192 else 64), x.shape[1])
-    q_powers = q.unsqueeze(-1) ** torch.arange(block, dtype=q.dtype, device=q.device)
+    length = x.shape[1]
+    block = min(block or (16 if length <= 512 else 32 if length <= 8192 else 64), length)
+    q_powers = F.pad(q.unsqueeze(-1).expand(-1, -1, block - 1), (1, 0), value=1.0).cumprod(-1)
     inside = toeplitz(((g * u).unsqueeze(-1) * q_powers).sum(-2))  # x to y, (D, block, block)
     write = (u.unsqueeze(-1) * q_powers).flip(-1).mT  # x to state after the block, (D, block, N)
     read = (g * q).unsqueeze(-1) * q_powers  # state before the block to y, (D, N, block)
     h = initial_state(x, u, state).permute(1, 2, 0)  # (D, N, B)
-    ys, rest = [], x.shape[1] % block
-    for piece in x.split([x.shape[1] - rest, rest], 1) if rest else [x]:
+    ys, rest = [], length % block
+    for piece in x.split([length - rest, rest], 1) if rest else [x]:
         c = min(block, piece.shape[1])  # a last, short block uses a corner of the same matrices
         q_block = q * q_powers[..., c - 1]
         y, h = Blocks.apply(piece, inside[:, :c, :c], write[:, -c:], read[..., :c], q_block, h)
@@ -348,7 +354,7 @@ class DampedEMA(nn.Module):
         g = at_least_fp32(self.kernel_projection_matrix) / math.sqrt(p.shape[-1])
         return p * self.ema_expansion_matrix.squeeze(-1), 1 - p * decay, g
 
-    def forward(self, x: Tensor, mask=None, state=None, mode=None) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, mask=None, state=None, mode=None, coefficients=None):
         """x (B, L, D), mask (B, L), 0 at pads, state (B, D, N) -> y, last state or None."""
         truncation, bidirectional = self.config.truncation, self.config.bidirectional
         steps = "recurrent" if x.shape[1] <= 16 else "blockwise"  # by measurement
@@ -361,11 +367,12 @@ class DampedEMA(nn.Module):
         inputs = x if mask is None else x * mask.unsqueeze(-1)
         if bidirectional:  # the second D channels read from right to left
             inputs = torch.cat([inputs, inputs.flip(1)], -1)
-        y = EMA_MODES[mode](inputs, *self.coefficients(), state if carries else truncation)
+        u, q, g = coefficients or self.coefficients()
+        y = EMA_MODES[mode](inputs, u, q, g, state if carries else truncation)
         y, state = y if carries else (y, None)
         if bidirectional:
             y, state = y[..., : x.shape[-1]] + y[..., x.shape[-1] :].flip(1), None
-        return F.silu(y + x * self.residual_weight), state
+        return F.silu(torch.addcmul(y, x, self.residual_weight)), state
 
 
 def normal(*shape: int, std: float) -> nn.Parameter:
@@ -387,6 +394,16 @@ ATTENTION_FUNCTIONS = {"softmax": lambda x: x.softmax(-1)}
 ATTENTION_FUNCTIONS |= {"laplace": laplace, "relu2": lambda x: F.relu(x).square()}  # score by score
 
 
+def matmul(x: Tensor, y: Tensor) -> Tensor:
+    """x @ y, where a single row x (.., 1, n) keeps all CPU threads busy; BLAS takes one for it."""
+    parts, on = torch.get_num_threads(), torch.is_autocast_enabled("cpu")
+    one = x.numel() == x.shape[-1] and x.device.type == "cpu" and x.dtype == torch.float32
+    if not one or on or y.shape[-1] % parts:
+        return x @ y
+    columns = y.view(y.shape[-2], parts, -1).transpose(0, 1)  # (parts, n, m / parts)
+    return torch.bmm(x.expand(parts, 1, -1), columns).view(*x.shape[:-1], -1)
+
+
 def attention(layer: nn.Module, q, k, v, bias: Tensor, visible: Tensor | None):
     """q (.., c, Z), k (.., w, Z), v (.., w, V), bias (c, w), visible (.., c, w) or None -> output
     (.., c, V), weights (.., c, w). Softmax scales by 1/sqrt(Z), the others by 1/visible keys.
@@ -394,6 +411,8 @@ def attention(layer: nn.Module, q, k, v, bias: Tensor, visible: Tensor | None):
     kind, divisor = layer.config.attention_activation, math.sqrt(q.shape[-1])
     if kind != "softmax":
         divisor = k.shape[-2] if visible is None else visible.sum(-1, keepdim=True).clamp(min=1)
+    if visible is not None and visible.ndim == 2:  # without pads, so that each query sees itself
+        bias, visible = bias.masked_fill(~visible, -math.inf), None
     scores = at_least_fp32((q / divisor) @ k.mT) + bias
     if visible is None:
         weights = ATTENTION_FUNCTIONS[kind](scores)
@@ -401,24 +420,24 @@ def attention(layer: nn.Module, q, k, v, bias: Tensor, visible: Tensor | None):
         scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
         weights = ATTENTION_FUNCTIONS[kind](scores).masked_fill(~visible, 0)
     dropped = F.dropout(weights, layer.config.attention_probs_dropout_prob, layer.training)
-    return dropped.to(v.dtype) @ v, weights
+    return matmul(dropped.to(v.dtype), v), weights
 
 
 class SimpleBias(nn.Module):
-    """One learned number for each distance: bias[i, j] = w[centre + j - i]."""
+    """One learned number for each distance."""
 
     def __init__(self, config: MegaConfig):
         super().__init__()
         self.config = config
         self.rel_pos_bias = normal(2 * config.max_positions - 1, std=config.initializer_range)
 
-    def forward(self, first: int, stop: int, keys: int) -> Tensor:
-        """For queries first ... stop-1 and keys 0 ... keys-1: (stop - first, keys)."""
-        self.config.check_length("length", max(stop, keys))
+    def forward(self, end: int) -> Tensor:
+        """The bias of a key at each distance 1-end ... end-1 from its query: (2 end - 1)."""
+        self.config.check_length("length", end)
         centre = (self.config.attention_limit or self.config.max_positions) - 1
-        place = torch.arange(max(stop, keys), device=self.rel_pos_bias.device)
+        distance = torch.arange(1 - end, end, device=self.rel_pos_bias.device)
         # Keys far before a query have negative indices, from the end: unique there, too.
-        return self.rel_pos_bias[centre + place[:keys] - place[first:stop].unsqueeze(1)]
+        return self.rel_pos_bias[centre + distance]
 
 
 class RotaryBias(nn.Module):
@@ -429,17 +448,26 @@ class RotaryBias(nn.Module):
         self.alpha = normal(1, config.shared_representation_size, std=config.initializer_range)
         self.b_param = normal(1, config.shared_representation_size, std=config.initializer_range)
 
-    def forward(self, first: int, stop: int, keys: int) -> Tensor:
-        """For queries first ... stop-1 and keys 0 ... keys-1: (stop - first, keys)."""
-        half, device, end = self.alpha.shape[-1] // 2, self.alpha.device, max(stop, keys)
-        places, pairs = (torch.arange(n, dtype=torch.float32, device=device) for n in (end, half))
-        angle = places.unsqueeze(1) * torch.exp(pairs * (-math.log(10000) / half))  # (end, Z / 2)
-        sin, cos = angle.sin(), angle.cos()
-        (a1, a2), (b1, b2) = (at_least_fp32(p).chunk(2, -1) for p in (self.alpha, self.b_param))
-        turned_a = torch.cat([a1 * cos - a2 * sin, a2 * cos + a1 * sin], -1)
-        turned_b = torch.cat([b1 * cos - b2 * sin, b2 * cos + b1 * sin], -1)
+    def forward(self, end: int) -> Tensor:
+        """The bias of a key at each distance 1-end ... end-1 from its query: (2 end - 1). Of both
+        turns, only the one by the distance is left in the product.
+        """
+        half, device = self.alpha.shape[-1] // 2, self.alpha.device
+        pairs = torch.arange(half, dtype=torch.float32, device=device)
+        distance = torch.arange(1 - end, end, dtype=torch.float32, device=device).unsqueeze(1)
+        angle = distance * torch.exp(pairs * (-math.log(10000) / half))  # (2 end - 1, Z / 2)
+        (a1, a2), (b1, b2) = (at_least_fp32(p[0]).chunk(2) for p in (self.alpha, self.b_param))
+        cos, sin = angle.cos().to(a1), angle.sin().to(a1)
         with torch.autocast(device.type, enabled=False):
-            return turned_a[first:stop] @ turned_b[:keys].mT
+            return cos @ (a1 * b1 + a2 * b2) + sin @ (a2 * b1 - a1 * b2)
+
+
+def bias_matrix(by_distance: Tensor, first: int, stop: int, keys: int) -> Tensor:
+    """For queries first ... stop-1 and keys 0 ... keys-1, (stop - first, keys), of the (2 end - 1)
+    numbers for the distances 1-end ... end-1.
+    """
+    end = (len(by_distance) + 1) // 2
+    return by_distance.unfold(0, keys, 1)[end - stop : end - first].flip(0)
 
 
 POSITION_BIASES = {"simple": SimpleBias, "rotary": RotaryBias}
@@ -478,6 +506,8 @@ class SequenceNorm(nn.Module):
 
 def dropout(x: Tensor, p: float, module: nn.Module) -> Tensor:
     """Of single numbers of x (B, L, D) or, with use_feature_dropout, of whole features of a row."""
+    if not module.training:
+        return x
     if module.config.use_feature_dropout:
         return x * F.dropout(torch.ones_like(x[:, :1]), p, module.training)
     return F.dropout(x, p, module.training)
@@ -493,11 +523,21 @@ for name in ("gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh"):  # 
     ACTIVATIONS[name] = functools.partial(F.gelu, approximate="tanh")
 
 
-def linear(config: MegaConfig, inputs: int, outputs: int) -> nn.Linear:
-    layer = nn.Linear(inputs, outputs)
+class Linear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        if x.numel() > self.in_features:
+            return super().forward(x)
+        return matmul(x, self.weight.mT) + self.bias
+
+
+def linear(config: MegaConfig, inputs: int, outputs: int) -> Linear:
+    layer = Linear(inputs, outputs)
     layer.weight.data.normal_(std=config.initializer_range)
     layer.bias.data.zero_()
     return layer
+
+
+QUERIES = 256  # that attend at once: the scores of all would be a long row's largest tensor
 
 
 class MovingAverageGatedAttention(nn.Module):
@@ -516,34 +556,51 @@ class MovingAverageGatedAttention(nn.Module):
         self.qk_bias = nn.Parameter(torch.zeros(2, Z))
         self.rel_pos_bias = POSITION_BIASES[config.relative_positional_bias](config)
 
-    def forward(self, x: Tensor, mask=None, past: tuple = (), use_cache: bool = False):
+    def prepare(self, past: tuple, end: int) -> tuple:
+        """For all steps from `past` to position `end`: the EMA's coefficients, the position bias
+        by distance, and the keys and values with room for those to come.
+        """
+        end = min(self.config.attention_limit or end, end)
+        room = (F.pad(old, (0, 0, 0, end - old.shape[1])) for old in past[1:3])
+        return self.ema_gate.coefficients(), self.rel_pos_bias(end), *room
+
+    def forward(self, x: Tensor, mask=None, past=(), use_cache=False, output_attentions=False,
+                prepared=None):  # fmt: skip
         """x (B, L, D), mask (B, R + L), False at pads -> y (B, L, D), the next past, weights. Past:
         the EMA's state (B, D, N), keys (B, R, Z) and values (B, R, V), of all if not chunking.
         """
         config, (D, V, Z), activation = self.config, self.sizes, ACTIVATIONS[self.config.activation]
         state, *old = past or [None]
+        coefficients, by_distance, *room = prepared or (None, None)
         n = self.norm(x) if config.normalize_before_mega else x
         v = dropout(activation(self.v_proj(n)), config.hidden_dropout_prob, self)
-        m, state = self.ema_gate(n, None if mask is None else mask[:, -x.shape[1] :], state)
+        seen = None if mask is None else mask[:, -x.shape[1] :]
+        m, state = self.ema_gate(n, seen, state, coefficients=coefficients)
         m = dropout(m, config.dropout_prob, self)
         update, zr, hx = self.mx_proj(m).split([D, Z + V, D], -1)
         z, reset = F.silu(zr).split([Z, V], -1)
         q, k = (z.unsqueeze(-2) * self.qk_weight + self.qk_bias).unbind(-2)  # (B, L, Z)
-        if old:
+        if room:  # which hold the old ones already
+            start, end = old[0].shape[1], old[0].shape[1] + x.shape[1]
+            room[0][:, start:end], room[1][:, start:end] = k, v
+            k, v = (t[:, :end] for t in room)
+        elif old:
             k, v = (torch.cat(pair, 1) for pair in zip(old, (k, v), strict=True))  # (B, R + L, ..)
-        attended, weights = self.attend(q, k, v, mask)
+        attended, weights = self.attend(q, k, v, mask, output_attentions, by_distance)
         candidate = activation(hx + self.h_proj(attended * reset))
         y = gate(x, update, candidate, self)
         if not use_cache:
             return y, None, weights
         require(state is not None, "this EMA mode has no state to cache; unset it, or use_cache")
         start = k.shape[1] - k.shape[1] % config.chunk_size if config.use_chunking else 0
-        # Clones, or R positions would keep the memory of all alive.
-        return y, (state, *(t[:, start:].clone() for t in (k, v))), weights
+        k, v = k[:, start:], v[:, start:]
+        if start and not room:  # or R positions would keep the memory of all alive
+            k, v = k.clone(), v.clone()
+        return y, (state, k, v), weights
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None):
+    def attend(self, q, k, v, mask: Tensor | None, output_attentions=False, by_distance=None):
         """q (B, L, Z), k (B, R + L, Z), v (B, R + L, V), mask (B, R + L) -> (B, L, V), weights."""
-        config, L, end, before = self.config, q.shape[1], k.shape[1], 0
+        config, (rows, L, _), end, before = self.config, q.shape, k.shape[1], 0
         chunk = min(config.attention_limit or end, end)
         if end > chunk:  # pads make all chunks whole: queries for the past, and the last one's rest
             before, after = end - L, -end % chunk
@@ -552,14 +609,25 @@ class MovingAverageGatedAttention(nn.Module):
             mask = None if mask is None else F.pad(mask, (0, after))
             q, k, v = (F.pad(t, (0, 0, b, after)) for t, b in ((q, before), (k, 0), (v, 0)))
         c = min(chunk, q.shape[1])
-        q, k, v = q.unflatten(1, (-1, c)), k.unflatten(1, (-1, chunk)), v.unflatten(1, (-1, chunk))
-        visible = None if mask is None else mask.unflatten(1, (-1, 1, chunk))
-        if config.is_decoder:
-            past = q.new_ones(c, chunk, dtype=torch.bool).tril(chunk - c)
-            visible = past if visible is None else visible & past
-        bias = self.rel_pos_bias(chunk - c, chunk, chunk)
-        output, weights = attention(self, q, k, v, bias, visible)
-        return output.flatten(1, 2)[:, before : before + L], weights
+        q, k, v = (t.reshape(-1, n, t.shape[-1]) for t, n in ((q, c), (k, chunk), (v, chunk)))
+        mask = None if mask is None else mask.reshape(-1, 1, chunk)
+        by_distance = self.rel_pos_bias(chunk) if by_distance is None else by_distance
+        outputs, maps = [], []
+        for q_part in q.split(QUERIES, 1):
+            first = chunk - c + QUERIES * len(outputs)
+            stop = first + q_part.shape[1]
+            keys = stop if config.is_decoder else chunk  # those after it are not seen
+            visible = None if mask is None else mask[..., :keys]
+            if config.is_decoder and c > 1:
+                past = q.new_ones(stop - first, keys, dtype=torch.bool).tril(first)
+                visible = past if visible is None else visible & past
+            bias = bias_matrix(by_distance, first, stop, keys)
+            output, weights = attention(self, q_part, k[:, :keys], v[:, :keys], bias, visible)
+            outputs.append(output)
+            maps += [F.pad(weights, (0, chunk - keys))] if output_attentions else []
+        output = outputs[0] if c <= QUERIES else torch.cat(outputs, 1)
+        weights = torch.cat(maps, 1).view(rows, -1, c, chunk) if output_attentions else None
+        return output.view(rows, -1, v.shape[-1])[:, before : before + L], weights
 
 
 class GatedCrossAttention(nn.Module):
@@ -582,7 +650,8 @@ class GatedCrossAttention(nn.Module):
         k, v = past or (self.k_proj(source), activation(self.v_proj(source)))
         n = self.norm(x) if config.normalize_before_mega else x
         update, reset, q = self.q_proj(n).split(self.sizes, -1)
-        bias = self.rel_pos_bias(start, start + x.shape[1], k.shape[1])
+        end = start + x.shape[1]
+        bias = bias_matrix(self.rel_pos_bias(max(end, k.shape[1])), start, end, k.shape[1])
         visible = None if mask is None else mask.unsqueeze(1) != 0
         values = dropout(v, config.hidden_dropout_prob, self)
         attended, weights = attention(self, q, k, values, bias, visible)
@@ -628,9 +697,10 @@ class MegaBlock(nn.Module):
         self.cross_attn = GatedCrossAttention(config) if config.add_cross_attention else None
         self.nffn = NormalizedFeedForward(config) if config.use_normalized_ffn else nn.Identity()
 
-    def forward(self, x: Tensor, mask=None, past: tuple = (), use_cache=False, cross: tuple = ()):
+    def forward(self, x: Tensor, mask=None, past=(), use_cache=False, output_attentions=False,
+                prepared=None, cross=()):  # fmt: skip
         """As its parts; `cross`: source, mask, start -> y, both pasts or None, weights of each."""
-        x, new, weights = self.mega_layer(x, mask, past[:3], use_cache)
+        x, new, weights = self.mega_layer(x, mask, past[:3], use_cache, output_attentions, prepared)
         crossed = None
         if self.cross_attn is not None:
             x, keys_values, crossed = self.cross_attn(x, *cross, past=past[3:])
@@ -650,6 +720,7 @@ class MegaCache:
     mask: Tensor | None  # (B, R), False at pads; None: no pads
     source_mask: Tensor | None  # (B, S), 0 at pads of the encoder's states
     length: int
+    prepared: list | None = None  # by a caller that goes on step by step: see `prepare`
 
     def key_mask(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
         """The mask (B, R + L) of what is cached and x (B, L, D), True if visible; None: all is."""
@@ -688,26 +759,26 @@ class MegaBase(nn.Module):
 
     def resize_token_embeddings(self, size: int):
         """Keep the first `size` tokens, or add new ones; output layer and config follow."""
-        from data import checkpoint
+        from data.checkpoint import resize
 
-        checkpoint.resize(self, size)
+        resize(self, size)
 
     def save_pretrained(self, folder: str):
         """Write config.json and model.safetensors, which Hugging Face's library reads, too."""
-        from data import checkpoint
+        from data.checkpoint import write
 
-        checkpoint.write(self, folder)
+        write(self, folder)
 
     @classmethod
     def from_pretrained(cls, source: str, ignore_mismatched_sizes: bool = False, **settings):
         """The model, in eval mode, of a folder or hub id `owner/name`, with settings changed; an
         OSError or ValueError if it can't be read or does not fit, a warning if it lacks a head.
         """
-        from data import checkpoint
+        from data.checkpoint import fill, read
 
-        config, weights = checkpoint.read(source)
+        config, weights = read(source)
         model = cls(MegaConfig.from_dict(config, **settings))
-        checkpoint.fill(model, weights, ignore_mismatched_sizes, source)
+        fill(model, weights, ignore_mismatched_sizes, source)
         return model.eval()
 
 
@@ -754,8 +825,11 @@ class MegaModel(MegaBase):
             cache = MegaCache([()] * len(self.layers), None, source_mask, 0)
         cross = source, cache.source_mask, cache.length
         mask, layers, hidden, maps = cache.key_mask(x, attention_mask), [], [x], []
-        for layer, past in zip(self.layers, cache.layers, strict=True):
-            x, past, *weights = layer(x, mask, past, use_cache, cross)
+        prepared = cache.prepared or [None] * len(self.layers)
+        for layer, past, ready in zip(self.layers, cache.layers, prepared, strict=True):
+            if config.gradient_checkpointing and torch.is_grad_enabled():
+                layer = functools.partial(checkpoint, layer, use_reentrant=False)
+            x, past, *weights = layer(x, mask, past, use_cache, output_attentions, ready, cross)
             layers.append(past)
             hidden += [x] if output_hidden_states else []
             maps += [weights] if output_attentions else []
@@ -768,7 +842,8 @@ class MegaModel(MegaBase):
             out.pooler_output = torch.tanh(self.pooler["dense"](pooled))
         if use_cache:
             kept = None if mask is None else mask[:, mask.shape[1] - layers[0][1].shape[1] :]
-            out.cache = MegaCache(layers, kept, cache.source_mask, cache.length + x.shape[1])
+            length = cache.length + x.shape[1]
+            out.cache = MegaCache(layers, kept, cache.source_mask, length, cache.prepared)
         return out
 
     def embed(self, input_ids, x: Tensor | None, types) -> Tensor:
@@ -894,6 +969,37 @@ class MegaForQuestionAnswering(MegaHead):
         return out
 
 
+SLICE = 1024  # positions whose logits exist at once in a training step
+
+
+class SlicedLoss(torch.autograd.Function):
+    """`cross_entropy` of linear(x, weight, bias), x (T, D) and labels (T), some positions at a
+    time: the logits of all would be a training step's largest tensor. So that those of a slice can
+    go, its gradient is taken at once.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, labels):
+        nats, dx, ctx.count = 0, [], len(x)
+        weight, bias = (p.detach().requires_grad_() for p in (weight, bias))
+        for x_s, label in zip(x.split(SLICE), labels.split(SLICE), strict=True):
+            with torch.enable_grad():
+                x_s = x_s.detach().requires_grad_()
+                logits = at_least_fp32(F.linear(x_s, weight, bias))
+                part = F.cross_entropy(logits, label, reduction="sum")
+            if any(ctx.needs_input_grad):
+                part.backward()
+            nats, dx = nats + part.detach(), [*dx, x_s.grad]
+        if any(ctx.needs_input_grad):
+            ctx.save_for_backward(torch.cat(dx), weight.grad, bias.grad)
+        return nats / ctx.count
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dloss):
+        return *(d * (dloss / max(ctx.count, 1)) for d in ctx.saved_tensors), None
+
+
 class LanguageModel(MegaHead):
     """Scores of the vocabulary at each position: logits (B, L, vocab_size), labels (B, L)."""
 
@@ -906,6 +1012,21 @@ class LanguageModel(MegaHead):
         self.dense = linear(config, D, D) if config.add_lm_hidden_dense_layer else None
         if config.tie_word_embeddings:
             getattr(self, self.output).weight = self.mega.embedding_layer["word_embeddings"].weight
+
+    def forward(self, *args, labels=None, output_logits=None, **inputs) -> MegaOutput:
+        """As MegaHead's; output_logits=None leaves them out of a training step of many positions."""
+        many = labels is not None and labels.numel() > SLICE
+        if (
+            output_logits
+            or labels is None
+            or (output_logits is None and not (many and self.training))
+        ):
+            return super().forward(*args, labels=labels, **inputs)
+        out, seen = self.mega(*args, **inputs), labels != -100
+        check_shape("labels", labels, *out.last_hidden_state.shape[:2])
+        x, output = self.features(out, None)[seen], getattr(self, self.output)
+        out.loss = SlicedLoss.apply(x, output.weight, output.bias, labels[seen].long())
+        return out
 
     def features(self, out: MegaOutput, mask: Tensor | None) -> Tensor:
         hidden = out.last_hidden_state
@@ -931,7 +1052,7 @@ class MegaForCausalLM(LanguageModel):
     # --------------------------------------------------------------------------- 7 generation
     # One pass over the prompt fills the cache; from there each token costs one step.
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def generate(self, input_ids, max_new_tokens: int, temperature=1.0, top_k=None, top_p=None,
                  eos_token_id=None, attention_mask=None, seed=None, stream=None,
                  token_type_ids=None, **inputs) -> Tensor:  # fmt: skip
@@ -976,6 +1097,9 @@ class MegaForCausalLM(LanguageModel):
                 ids[:, end] = token
                 start, end, cache, attention_mask = end, end + 1, out.cache, None
                 token_type_ids = None if token_type_ids is None else token_type_ids[:, -1:]
+                if cache.prepared is None:
+                    pairs = zip(self.mega.layers, cache.layers, strict=True)
+                    cache.prepared = [m.mega_layer.prepare(p, ids.shape[1]) for m, p in pairs]
                 if stream is not None:
                     stream(token)
         finally:

@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 import threading
+import unittest.mock
 import warnings
 import zipfile
 from pathlib import Path
@@ -153,7 +154,8 @@ def test_config_has_the_names_and_defaults_of_hugging_face():
         "bos_token_id": 0, "eos_token_id": 2, "num_labels": 2, "problem_type": None,
         "tie_word_embeddings": True, "use_cache": True,
     }  # fmt: skip
-    own = {"final_norm": False, "scale_embedding": False, "mean_pooling": False}
+    own = ("final_norm", "scale_embedding", "mean_pooling", "gradient_checkpointing")
+    own = dict.fromkeys(own, False)
     labels = {"id2label": {0: "LABEL_0", 1: "LABEL_1"}, "label2id": {"LABEL_0": 0, "LABEL_1": 1}}
     assert MegaConfig().to_dict() == expected | own | labels | {"model_type": "mega"}
 
@@ -585,6 +587,59 @@ def test_a_chunk_is_attended_to_as_if_it_were_alone(seed, length, past, chunk, b
     close(found, torch.cat(parts, 1)[:, past:], 1e-12)
 
 
+@given(seeds, st.integers(1, 40), st.integers(0, 9), chunkings, biases, attentions, st.booleans())
+def test_attention_some_queries_at_a_time_is_that_of_all(
+    seed, length, past, chunking, bias, attention, causal
+):
+    options = {"relative_positional_bias": bias, "attention_activation": attention, **chunking}
+    config = small_config(is_decoder=causal, **options)
+    layer = randomized(MovingAverageGatedAttention(config), seed)
+    past %= chunking.get("chunk_size", 10)
+    k, v = randn(seed, 2, past + length, 6), randn(seed + 1, 2, past + length, 12)
+    mask = torch.rand(2, past + length, generator=torch.Generator().manual_seed(seed)) > 0.2
+    for visible in (None, mask):
+        found = []
+        for queries in (256, 3):
+            with unittest.mock.patch.object(mega, "QUERIES", queries):
+                q = randn(seed + 2, 2, length, 6).requires_grad_()
+                output, weights = layer.attend(q, k, v, visible, output_attentions=True)
+                (output * randn(seed, *output.shape)).sum().backward()
+                found.append((output, weights, q.grad))
+        for whole, sliced in zip(*found, strict=True):
+            close(sliced, whole, 1e-12)
+
+
+@given(seeds, biases, st.integers(1, 30), st.integers(1, 30), st.integers(1, 30))
+def test_bias_by_distance_is_that_of_every_pair_of_places(seed, kind, first, rows, keys):
+    layer = randomized(mega.POSITION_BIASES[kind](small_config()), seed)
+    stop = first + rows
+    found = mega.bias_matrix(layer(max(stop, keys)), first, stop, keys)
+    if kind == "simple":
+        w, centre = layer.rel_pos_bias.tolist(), 63
+        expected = [[w[centre + j - i] for j in range(keys)] for i in range(first, stop)]
+        assert torch.equal(found, torch.tensor(expected, dtype=torch.float64))
+        return
+
+    def turned(x, place):
+        (x1, x2), pairs = x[0].chunk(2), torch.arange(3, dtype=torch.float64)
+        sin, cos = (f(place * 10000 ** (-pairs / 3)) for f in (torch.sin, torch.cos))
+        return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin])
+
+    queries = torch.stack([turned(layer.alpha, i) for i in range(first, stop)])
+    close(found, queries @ torch.stack([turned(layer.b_param, j) for j in range(keys)]).mT, 1e-5)
+
+
+@given(seeds, st.integers(1, 4), st.integers(1, 9), st.integers(1, 3), st.integers(1, 2))
+def test_a_product_in_parts_is_the_product(seed, parts, inputs, outputs, rows):
+    x = randn(seed, 1, rows, inputs, dtype=torch.float32)
+    layer = mega.Linear(inputs, 4 * outputs)
+    with unittest.mock.patch.object(torch, "get_num_threads", lambda: parts):
+        close(layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias), 1e-6)
+        y = randn(seed, 1, inputs, 5 * outputs, dtype=torch.float32)
+        close(mega.matmul(x, y), x @ y, 1e-6)
+        close(mega.matmul(x, y[..., : 2 * outputs]), x @ y[..., : 2 * outputs], 1e-6)
+
+
 def test_nothing_of_size_l_by_l_when_chunking(monkeypatch):
     sizes = []
 
@@ -907,6 +962,81 @@ def test_model_code_keeps_no_state_between_calls():
 
 
 # -------------------------------------------------------------------------------------- 6 heads
+
+
+@given(seeds, st.integers(2, 40), st.integers(1, 9), st.booleans(), st.booleans(), st.booleans())
+def test_the_sliced_loss_is_the_whole_one(seed, length, step, causal, dense, tied):
+    """With its gradients, of any scale, and labels that don't count."""
+    head = MegaForCausalLM if causal else mega.MegaForMaskedLM
+    options = {"add_lm_hidden_dense_layer": dense, "tie_word_embeddings": tied}
+    model = randomized(head(small_config(is_decoder=causal, **options)), seed)
+    ids = token_ids(seed, 2, length)
+    labels = ids.masked_fill(torch.rand(ids.shape) < 0.4, -100)
+    labels[0, -1] = 7
+    found = []
+    for asked in (True, False):
+        with unittest.mock.patch.object(mega, "SLICE", step):
+            out = model(ids, labels=labels, output_logits=asked)
+        assert (out.logits is not None) == asked
+        model.zero_grad()
+        (3 * out.loss).backward()
+        found.append([out.loss, *(p.grad for p in model.parameters() if p.grad is not None)])
+    for whole, sliced in zip(*found, strict=True):
+        close(sliced, whole, 1e-12)
+
+
+def test_a_training_step_of_many_positions_leaves_its_logits_out(monkeypatch):
+    monkeypatch.setattr(mega, "SLICE", 12)
+    model, ids = causal_lm().train(), token_ids(0, 1, 13)
+    assert model(ids, labels=ids).logits is None
+    assert model(ids, labels=ids, output_logits=True).logits.shape == (1, 13, 23)
+    assert model(ids[:, :12], labels=ids[:, :12]).logits is not None
+    assert model(ids).logits is not None and model.eval()(ids, labels=ids).logits is not None
+    with pytest.raises(ValueError, match=r"labels must be non-empty \(1, 13\), got \(13, 1\)"):
+        model(ids, labels=ids.mT, shift_labels=False, output_logits=False)
+    assert torch.isnan(model(ids, labels=torch.full_like(ids, -100), output_logits=False).loss)
+
+
+def test_no_logits_of_all_positions_exist_in_a_training_step(monkeypatch):
+    monkeypatch.setattr(mega, "SLICE", 8)
+    model, sizes = causal_lm(vocab_size=203).train(), []
+    ids = token_ids(0, 2, 20)
+
+    class Sizes(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            found = function(*args, **(kwargs or {}))
+            sizes.extend(t.numel() for t in [found] if torch.is_tensor(t))
+            return found
+
+    with Sizes():
+        model(ids, labels=ids).loss.backward()
+    assert len(sizes) > 50 and 8 * 203 <= max(sizes) < 40 * 203
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_checkpointing_changes_no_gradient_with_dropout_on(autocast):
+    options = {name: 0.3 for name in vars(small_config()) if name.endswith("dropout_prob")}
+    ids, found = token_ids(0, 2, 21), []
+    for on in (False, True):
+        model = causal_lm(gradient_checkpointing=on, **options).float().train()
+        torch.manual_seed(5)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = model(ids, labels=ids).loss
+        loss.backward()
+        found.append([loss, *(p.grad for p in model.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_checkpointing_keeps_little_for_the_backward_pass():
+    def kept(on: bool) -> int:
+        model, sizes = causal_lm(gradient_checkpointing=on).train(), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, id):
+            model.mega(token_ids(0, 1, 40))
+        return sum(sizes)
+
+    assert kept(True) < kept(False) / 10
+    with pytest.raises(ValueError, match="gradient_checkpointing would feed batchnorm twice"):
+        small_config(gradient_checkpointing=True, normalization_type="batchnorm")
 
 
 def test_the_loss_is_the_mean_of_shifted_log_probabilities():
@@ -2905,11 +3035,11 @@ def test_fault_15_the_simple_bias_of_cross_attention_is_limited_by_max_positions
     options = {"use_chunking": True, "chunk_size": 4, "relative_positional_bias": "simple"}
     model, source = shared_lm(add_cross_attention=True, **options), randn(0, 1, 64, 8)
     layer = model.mega.layers[0].cross_attn
-    found = layer.rel_pos_bias(0, 64, 64)
+    found = mega.bias_matrix(layer.rel_pos_bias(64), 0, 64, 64)
     numbers = [found.diagonal(i) for i in range(-63, 64)]
     assert all((n == n[0]).all() for n in numbers)  # one for each distance, each another
     assert len({n[0].item() for n in numbers}) == 127
-    assert torch.equal(found[5:9, :7], layer.rel_pos_bias(5, 9, 7))
+    assert torch.equal(found[5:9, :7], mega.bias_matrix(layer.rel_pos_bias(9), 5, 9, 7))
     assert torch.isfinite(model(token_ids(0, 1, 64), encoder_hidden_states=source).logits).all()
     with pytest.raises(ValueError, match="65 is above max_positions 64"):
         model(token_ids(0, 1, 3), encoder_hidden_states=randn(0, 1, 65, 8))
@@ -2927,7 +3057,7 @@ def test_fault_17_feature_dropout_drops_features_of_a_row_with_chunks_too():
     )
     layer, values = MovingAverageGatedAttention(config).train(), []
     attend = layer.attend
-    layer.attend = lambda q, k, v, mask: values.append(v) or attend(q, k, v, mask)
+    layer.attend = lambda q, k, v, *rest: values.append(v) or attend(q, k, v, *rest)
     layer(torch.randn(3, 12, 8))
     dropped = values[0] == 0  # (3, 12, 12)
     assert torch.equal(dropped.all(1), dropped.any(1)) and 0 < dropped.float().mean() < 1
@@ -2982,7 +3112,7 @@ def test_fault_24_positions_and_powers_are_fp32_in_half_precision():
         layer = MegaModel(small_config()).to(dtype).layers[0].mega_layer
         assert all(c.dtype == torch.float32 for c in layer.ema_gate.coefficients())
         single = copy.deepcopy(layer).float()
-        found, expected = (m.rel_pos_bias(3000, 3001, 3001) for m in (layer, single))
+        found, expected = (m.rel_pos_bias(3001) for m in (layer, single))
         assert found.dtype == torch.float32 and torch.equal(found, expected)
         x = torch.randn(1, 40, 8).to(dtype)
         y, state = ema_blockwise(x, *layer.ema_gate.coefficients())
