@@ -396,9 +396,9 @@ ATTENTION_FUNCTIONS |= {"laplace": laplace, "relu2": lambda x: F.relu(x).square(
 
 def matmul(x: Tensor, y: Tensor) -> Tensor:
     """x @ y, where a single row x (.., 1, n) keeps all CPU threads busy; BLAS takes one for it."""
-    parts, on = torch.get_num_threads(), torch.is_autocast_enabled("cpu")
+    parts = torch.get_num_threads()
     one = x.numel() == x.shape[-1] and x.device.type == "cpu" and x.dtype == torch.float32
-    if not one or on or y.shape[-1] % parts:
+    if not one or y.shape[-1] % parts:
         return x @ y
     columns = y.view(y.shape[-2], parts, -1).transpose(0, 1)  # (parts, n, m / parts)
     return torch.bmm(x.expand(parts, 1, -1), columns).view(*x.shape[:-1], -1)
@@ -557,21 +557,20 @@ class MovingAverageGatedAttention(nn.Module):
         self.rel_pos_bias = POSITION_BIASES[config.relative_positional_bias](config)
 
     def prepare(self, past: tuple, end: int) -> tuple:
-        """For all steps from `past` to position `end`: the EMA's coefficients, the position bias
-        by distance, and the keys and values with room for those to come.
+        """The past with what all steps up to position `end` need again: the EMA's coefficients, the
+        bias by distance, and keys and values with room for those to come, which steps fill.
         """
         end = min(self.config.attention_limit or end, end)
-        room = (F.pad(old, (0, 0, 0, end - old.shape[1])) for old in past[1:3])
-        return self.ema_gate.coefficients(), self.rel_pos_bias(end), *room
+        room = [F.pad(old, (0, 0, 0, end - old.shape[1])) for old in past[1:3]]
+        return *past, (self.ema_gate.coefficients(), self.rel_pos_bias(end), room)
 
-    def forward(self, x: Tensor, mask=None, past=(), use_cache=False, output_attentions=False,
-                prepared=None):  # fmt: skip
+    def forward(self, x: Tensor, mask=None, past=(), use_cache=False, output_attentions=False):
         """x (B, L, D), mask (B, R + L), False at pads -> y (B, L, D), the next past, weights. Past:
-        the EMA's state (B, D, N), keys (B, R, Z) and values (B, R, V), of all if not chunking.
+        the EMA's state (B, D, N), keys (B, R, Z), values (B, R, V), of all if not chunking; `prepare`.
         """
         config, (D, V, Z), activation = self.config, self.sizes, ACTIVATIONS[self.config.activation]
-        state, *old = past or [None]
-        coefficients, by_distance, *room = prepared or (None, None)
+        state, *old = past[:3] or [None]
+        coefficients, by_distance, room = past[3] if past[3:] else (None, None, None)
         n = self.norm(x) if config.normalize_before_mega else x
         v = dropout(activation(self.v_proj(n)), config.hidden_dropout_prob, self)
         seen = None if mask is None else mask[:, -x.shape[1] :]
@@ -580,7 +579,7 @@ class MovingAverageGatedAttention(nn.Module):
         update, zr, hx = self.mx_proj(m).split([D, Z + V, D], -1)
         z, reset = F.silu(zr).split([Z, V], -1)
         q, k = (z.unsqueeze(-2) * self.qk_weight + self.qk_bias).unbind(-2)  # (B, L, Z)
-        if room:  # which hold the old ones already
+        if room:
             start, end = old[0].shape[1], old[0].shape[1] + x.shape[1]
             room[0][:, start:end], room[1][:, start:end] = k, v
             k, v = (t[:, :end] for t in room)
@@ -596,7 +595,7 @@ class MovingAverageGatedAttention(nn.Module):
         k, v = k[:, start:], v[:, start:]
         if start and not room:  # or R positions would keep the memory of all alive
             k, v = k.clone(), v.clone()
-        return y, (state, k, v), weights
+        return y, (state, k, v, *past[3:]), weights
 
     def attend(self, q, k, v, mask: Tensor | None, output_attentions=False, by_distance=None):
         """q (B, L, Z), k (B, R + L, Z), v (B, R + L, V), mask (B, R + L) -> (B, L, V), weights."""
@@ -697,14 +696,14 @@ class MegaBlock(nn.Module):
         self.cross_attn = GatedCrossAttention(config) if config.add_cross_attention else None
         self.nffn = NormalizedFeedForward(config) if config.use_normalized_ffn else nn.Identity()
 
-    def forward(self, x: Tensor, mask=None, past=(), use_cache=False, output_attentions=False,
-                prepared=None, cross=()):  # fmt: skip
+    def forward(self, x, mask=None, past=(), use_cache=False, output_attentions=False, cross=()):
         """As its parts; `cross`: source, mask, start -> y, both pasts or None, weights of each."""
-        x, new, weights = self.mega_layer(x, mask, past[:3], use_cache, output_attentions, prepared)
-        crossed = None
-        if self.cross_attn is not None:
-            x, keys_values, crossed = self.cross_attn(x, *cross, past=past[3:])
-            new = (*new, *keys_values) if use_cache else None
+        n = 0 if self.cross_attn is None else 2  # of its keys and values, after the layer's own
+        own, crossed = past[:3] + past[3 + n :], None
+        x, new, weights = self.mega_layer(x, mask, own, use_cache, output_attentions)
+        if n:
+            x, keys_values, crossed = self.cross_attn(x, *cross, past=past[3 : 3 + n])
+            new = (*new[:3], *keys_values, *new[3:]) if use_cache else None
         return self.nffn(x), new, weights, crossed
 
 
@@ -720,7 +719,6 @@ class MegaCache:
     mask: Tensor | None  # (B, R), False at pads; None: no pads
     source_mask: Tensor | None  # (B, S), 0 at pads of the encoder's states
     length: int
-    prepared: list | None = None  # by a caller that goes on step by step: see `prepare`
 
     def key_mask(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
         """The mask (B, R + L) of what is cached and x (B, L, D), True if visible; None: all is."""
@@ -825,11 +823,10 @@ class MegaModel(MegaBase):
             cache = MegaCache([()] * len(self.layers), None, source_mask, 0)
         cross = source, cache.source_mask, cache.length
         mask, layers, hidden, maps = cache.key_mask(x, attention_mask), [], [x], []
-        prepared = cache.prepared or [None] * len(self.layers)
-        for layer, past, ready in zip(self.layers, cache.layers, prepared, strict=True):
+        for layer, past in zip(self.layers, cache.layers, strict=True):
             if config.gradient_checkpointing and torch.is_grad_enabled():
                 layer = functools.partial(checkpoint, layer, use_reentrant=False)
-            x, past, *weights = layer(x, mask, past, use_cache, output_attentions, ready, cross)
+            x, past, *weights = layer(x, mask, past, use_cache, output_attentions, cross)
             layers.append(past)
             hidden += [x] if output_hidden_states else []
             maps += [weights] if output_attentions else []
@@ -842,8 +839,7 @@ class MegaModel(MegaBase):
             out.pooler_output = torch.tanh(self.pooler["dense"](pooled))
         if use_cache:
             kept = None if mask is None else mask[:, mask.shape[1] - layers[0][1].shape[1] :]
-            length = cache.length + x.shape[1]
-            out.cache = MegaCache(layers, kept, cache.source_mask, length, cache.prepared)
+            out.cache = MegaCache(layers, kept, cache.source_mask, cache.length + x.shape[1])
         return out
 
     def embed(self, input_ids, x: Tensor | None, types) -> Tensor:
@@ -969,7 +965,7 @@ class MegaForQuestionAnswering(MegaHead):
         return out
 
 
-SLICE = 1024  # positions whose logits exist at once in a training step
+SLICE = 512  # positions whose logits exist at once in a training step
 
 
 class SlicedLoss(torch.autograd.Function):
@@ -979,25 +975,24 @@ class SlicedLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, labels):
+    def forward(ctx, x, weight, bias, labels, needs_gradient: bool):
         nats, dx, ctx.count = 0, [], len(x)
         weight, bias = (p.detach().requires_grad_() for p in (weight, bias))
         for x_s, label in zip(x.split(SLICE), labels.split(SLICE), strict=True):
-            with torch.enable_grad():
+            with torch.set_grad_enabled(needs_gradient):
                 x_s = x_s.detach().requires_grad_()
                 logits = at_least_fp32(F.linear(x_s, weight, bias))
                 part = F.cross_entropy(logits, label, reduction="sum")
-            if any(ctx.needs_input_grad):
-                part.backward()
+                if needs_gradient:
+                    part.backward()
             nats, dx = nats + part.detach(), [*dx, x_s.grad]
-        if any(ctx.needs_input_grad):
-            ctx.save_for_backward(torch.cat(dx), weight.grad, bias.grad)
+        ctx.save_for_backward(*([torch.cat(dx), weight.grad, bias.grad] if needs_gradient else []))
         return nats / ctx.count
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dloss):
-        return *(d * (dloss / max(ctx.count, 1)) for d in ctx.saved_tensors), None
+        return *(d * (dloss / max(ctx.count, 1)) for d in ctx.saved_tensors), None, None
 
 
 class LanguageModel(MegaHead):
@@ -1015,17 +1010,15 @@ class LanguageModel(MegaHead):
 
     def forward(self, *args, labels=None, output_logits=None, **inputs) -> MegaOutput:
         """As MegaHead's; output_logits=None leaves them out of a training step of many positions."""
-        many = labels is not None and labels.numel() > SLICE
-        if (
-            output_logits
-            or labels is None
-            or (output_logits is None and not (many and self.training))
-        ):
+        if output_logits is None:
+            output_logits = not self.training or labels is None or labels.numel() <= SLICE
+        if output_logits or labels is None:
             return super().forward(*args, labels=labels, **inputs)
         out, seen = self.mega(*args, **inputs), labels != -100
         check_shape("labels", labels, *out.last_hidden_state.shape[:2])
         x, output = self.features(out, None)[seen], getattr(self, self.output)
-        out.loss = SlicedLoss.apply(x, output.weight, output.bias, labels[seen].long())
+        labels, needs_gradient = labels[seen].long(), torch.is_grad_enabled()
+        out.loss = SlicedLoss.apply(x, output.weight, output.bias, labels, needs_gradient)
         return out
 
     def features(self, out: MegaOutput, mask: Tensor | None) -> Tensor:
@@ -1097,9 +1090,9 @@ class MegaForCausalLM(LanguageModel):
                 ids[:, end] = token
                 start, end, cache, attention_mask = end, end + 1, out.cache, None
                 token_type_ids = None if token_type_ids is None else token_type_ids[:, -1:]
-                if cache.prepared is None:
+                if not start:
                     pairs = zip(self.mega.layers, cache.layers, strict=True)
-                    cache.prepared = [m.mega_layer.prepare(p, ids.shape[1]) for m, p in pairs]
+                    cache.layers = [m.mega_layer.prepare(past, ids.shape[1]) for m, past in pairs]
                 if stream is not None:
                     stream(token)
         finally:
@@ -1121,3 +1114,9 @@ def draw(logits: Tensor, temperature: float, top_k, top_p, generator) -> Tensor:
         late = p.cumsum(-1) - p >= top_p  # those before it hold top_p already; never the likeliest
         logits = logits.masked_fill(late.scatter(-1, index, late), -math.inf)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
+
+
+if __name__ == "__main__":
+    from data.demo import main
+
+    main()

@@ -845,6 +845,35 @@ def test_cached_equals_uncached_over_any_split(
             assert values.shape == (2, length % chunking["chunk_size"], 12)
 
 
+@torch.no_grad()
+@given(seeds, st.integers(1, 12), st.integers(1, 9), chunkings, biases, attentions, st.booleans())
+def test_prepared_steps_equal_the_whole_row(seed, length, new, chunking, bias, attention, crosses):
+    """As generate takes them; the keys and values have room for a chunk or the row, no more."""
+    options = {"relative_positional_bias": bias, "attention_activation": attention, **chunking}
+    model = shared_lm(add_cross_attention=crosses, **options)
+    ids = token_ids(seed, 2, length + new)
+    encoder = {"encoder_hidden_states": randn(seed, 2, 5, 8)} if crosses else {}
+    whole = model(ids, **encoder, use_cache=False).logits
+    cache = model(ids[:, :length], **encoder, use_cache=True).cache
+    pairs = zip(model.mega.layers, cache.layers, strict=True)
+    cache.layers = [m.mega_layer.prepare(past, length + new) for m, past in pairs]
+    for t in range(length, length + new):
+        out = model(ids[:, t : t + 1], cache=cache)
+        close(out.logits, whole[:, t : t + 1], 1e-6)
+        cache = out.cache
+        for _, keys, values, *_, (_, _, room) in cache.layers:
+            assert keys.shape[:2] == values.shape[:2]
+            most = min(chunking.get("chunk_size", length + new), length + new)
+            assert [len(r[0]) for r in room] == [most, most]
+
+
+def test_the_rotary_bias_is_fp32_under_autocast():
+    layer = MegaModel(small_config()).layers[0].mega_layer.rel_pos_bias
+    with torch.autocast("cpu", torch.bfloat16):
+        found = layer(99)
+    assert torch.equal(found, layer(99))
+
+
 def test_a_cache_holds_no_more_memory_than_it_shows():
     cache = shared_lm(use_chunking=True, chunk_size=8)(token_ids(0, 1, 203), use_cache=True).cache
     for state, keys, values in cache.layers:
@@ -995,6 +1024,15 @@ def test_a_training_step_of_many_positions_leaves_its_logits_out(monkeypatch):
     with pytest.raises(ValueError, match=r"labels must be non-empty \(1, 13\), got \(13, 1\)"):
         model(ids, labels=ids.mT, shift_labels=False, output_logits=False)
     assert torch.isnan(model(ids, labels=torch.full_like(ids, -100), output_logits=False).loss)
+
+
+def test_evaluation_takes_no_gradient(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "backward", lambda *_: pytest.fail("backward was called"))
+    model, ids = causal_lm(), token_ids(0, 1, 13)
+    with torch.no_grad():
+        lean = model(ids, labels=ids, output_logits=False)
+    assert lean.logits is None and not lean.loss.requires_grad
+    close(lean.loss, model(ids, labels=ids).loss.detach())
 
 
 def test_no_logits_of_all_positions_exist_in_a_training_step(monkeypatch):
@@ -1442,6 +1480,14 @@ def test_top_k_and_top_p_keep_the_likeliest(seed, k, top_p):
         drawn = mega.draw(many, 1.0, *options, generator)
         assert set(drawn.tolist()) <= set(order[:kept].tolist())
     assert set(mega.draw(many, 1e-4, None, None, generator).tolist()) == {order[0].item()}
+
+
+@pytest.mark.parametrize("chunking", [{}, {"use_chunking": True, "chunk_size": 4}])
+def test_generation_sees_the_logits_of_the_whole_row(monkeypatch, chunking):
+    model, seen, draw = shared_lm(**chunking), [], mega.draw
+    monkeypatch.setattr(mega, "draw", lambda logits, *a: seen.append(logits) or draw(logits, *a))
+    ids = model.generate(token_ids(0, 2, 5), 9, 0)
+    close(torch.stack(seen, 1).clone(), model(ids).logits[:, 4:-1].detach(), 1e-6)
 
 
 def test_a_chunked_model_generates_with_a_cache_that_does_not_grow():
@@ -2671,6 +2717,23 @@ def copied(tmp_path_factory):
     ):
         shutil.copy(PROJECT / name, folder / name)
     return folder
+
+
+def test_the_demonstration_runs_and_its_modes_agree(monkeypatch, capsys):
+    from data import demo
+
+    small = {"hidden_size": 16, "vocab_size": 64, "num_hidden_layers": 1}
+    monkeypatch.setattr(demo, "MODEL", demo.MODEL | small)
+    monkeypatch.setattr(demo, "LONGEST", dict.fromkeys(demo.LONGEST, 256))
+    monkeypatch.setattr(demo, "seconds", lambda work, rounds=3: work() or 1.0)
+    demo.main()
+    shown = capsys.readouterr().out
+    errors = re.findall(r"(float\d\d) \w+ +y (\S+), gradients of x (\S+), of u, q, g (\S+)", shown)
+    assert len(errors) == 2 * len(demo.EMA_MODES)
+    for dtype, *values in errors:
+        assert all(float(v) < (1e-13 if dtype == "float64" else 1e-5) for v in values), shown
+    assert shown.count(" ms ") == 12 and "4 rows of  1024:   4,096" in shown
+    assert "without chunks" in shown
 
 
 def test_the_scripts_work_from_end_to_end(copied, corpus, server):

@@ -477,12 +477,12 @@ class Training:
         """
         nats, tokens, counts = 0.0, 0, self.corpus.counts[split]
         self.model.eval()
-        row_logits = self.codec.size * self.settings.block_size
-        rows = max((1 << 25) // row_logits, 1)  # 128 MiB of them at a time
+        rows = max(8192 // self.settings.block_size, 1)  # large enough to be fast
         for inputs, targets in self.corpus.windows(split, rows):
             inputs, targets = inputs.to(self.device), targets.to(self.device)
             with self.autocast:
-                out = self.model(inputs, labels=targets, shift_labels=False, use_cache=False)
+                options = {"use_cache": False, "output_logits": False}
+                out = self.model(inputs, labels=targets, shift_labels=False, **options)
             nats += out.loss.item() * targets.numel()
             tokens += targets.numel()
         self.model.train()
