@@ -1486,7 +1486,12 @@ def test_top_k_and_top_p_keep_the_likeliest(seed, k, top_p):
 def test_generation_sees_the_logits_of_the_whole_row(monkeypatch, chunking):
     model, seen, draw = shared_lm(**chunking), [], mega.draw
     monkeypatch.setattr(mega, "draw", lambda logits, *a: seen.append(logits) or draw(logits, *a))
+    made, coefficients = [], mega.DampedEMA.coefficients
+    counting = lambda self: made.append(self) or coefficients(self)  # noqa: E731
+    monkeypatch.setattr(mega.DampedEMA, "coefficients", counting)
     ids = model.generate(token_ids(0, 2, 5), 9, 0)
+    assert len(made) == 2 * 2  # of both layers for the prompt and once for all steps
+    assert not ids.is_inference()  # but may be trained on
     close(torch.stack(seen, 1).clone(), model(ids).logits[:, 4:-1].detach(), 1e-6)
 
 
