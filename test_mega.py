@@ -1487,7 +1487,7 @@ def test_generation_sees_the_logits_of_the_whole_row(monkeypatch, chunking):
     model, seen, draw = shared_lm(**chunking), [], mega.draw
     monkeypatch.setattr(mega, "draw", lambda logits, *a: seen.append(logits) or draw(logits, *a))
     made, coefficients = [], mega.DampedEMA.coefficients
-    counting = lambda self: made.append(self) or coefficients(self)  # noqa: E731
+    counting = lambda self: made.append(self) or coefficients(self)
     monkeypatch.setattr(mega.DampedEMA, "coefficients", counting)
     ids = model.generate(token_ids(0, 2, 5), 9, 0)
     assert len(made) == 2 * 2  # of both layers for the prompt and once for all steps
@@ -2739,6 +2739,16 @@ def test_the_demonstration_runs_and_its_modes_agree(monkeypatch, capsys):
         assert all(float(v) < (1e-13 if dtype == "float64" else 1e-5) for v in values), shown
     assert shown.count(" ms ") == 12 and "4 rows of  1024:   4,096" in shown
     assert "without chunks" in shown
+
+
+def test_the_comparison_runs(monkeypatch, capsys, transformers):
+    from data import compare
+
+    small = {"hidden_size": 16, "vocab_size": 64, "num_hidden_layers": 1}
+    monkeypatch.setattr(compare, "MODEL", compare.MODEL | small)
+    compare.main(["--lengths", "128", "--new_tokens", "3", "--rounds", "1", "--default_allocator"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 * 3 + 1 and all(", transformers " in line for line in lines)
 
 
 def test_the_scripts_work_from_end_to_end(copied, corpus, server):

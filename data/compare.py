@@ -1,0 +1,121 @@
+"""Speed beside other implementations, in one process and by turns: medians, in tokens/s.
+
+    python -m data.compare --nanogpt ../nanoGPT/model.py     # needs transformers==4.40.2
+
+Training steps (forward, loss, backward; 4,096 tokens, or one row where longer) with nanoGPT's model
+of the same width and depth, forward passes, and greedy decoding of 1,024 tokens. By default blocks
+of memory are kept as train.py keeps them; --default_allocator leaves that out.
+"""
+
+import argparse
+import functools
+import importlib.util
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+from data.demo import MODEL
+from mega import MegaConfig, MegaForCausalLM
+from train import keep_big_blocks
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def build_theirs(**changes) -> torch.nn.Module:
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    return transformers.MegaForCausalLM(transformers.MegaConfig(**MODEL | changes))
+
+
+def build_nanogpt(path: str, length: int) -> torch.nn.Module:
+    spec = importlib.util.spec_from_file_location("nanogpt", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sizes = {"n_embd": MODEL["hidden_size"], "n_layer": MODEL["num_hidden_layers"], "n_head": 4}
+    vocabulary = {"vocab_size": MODEL["vocab_size"], "block_size": length}
+    return module.GPT(module.GPTConfig(dropout=0.0, **sizes, **vocabulary))
+
+
+def train_step(model: torch.nn.Module, ids: torch.Tensor, dtype: torch.dtype):
+    model.zero_grad()
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        if hasattr(model, "transformer"):  # nanoGPT's: labels already moved
+            loss = model(ids[:, :-1], ids[:, 1:].contiguous())[1]
+        else:
+            loss = model(ids, labels=ids).loss
+    loss.backward()
+
+
+@torch.no_grad()
+def forward(model: torch.nn.Module, ids: torch.Tensor, dtype: torch.dtype):
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        model(ids, use_cache=False)
+
+
+def by_turns(what: str, models: dict, work, tokens: int, rounds: int):
+    """Print each model's median speed in `rounds` rounds, one more not counted, and the ratios."""
+    times = {name: [] for name in models}
+    for _ in range(rounds + 1):
+        for name, model in models.items():
+            start = time.perf_counter()
+            work(model)
+            times[name].append(time.perf_counter() - start)
+    speeds = {name: tokens / statistics.median(t[1:]) for name, t in times.items()}
+    ours = speeds["this"]
+    found = ", ".join(f"{n} {v:,.0f} ({ours / v:.2f}x)" for n, v in speeds.items() if n != "this")
+    print(f"{what}: this {ours:,.0f}, {found}", flush=True)
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--nanogpt", metavar="MODEL_PY", help="nanoGPT's model.py")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 16384])
+    parser.add_argument("--new_tokens", type=int, default=1024)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--default_allocator", action="store_true")
+    options = parser.parse_args(arguments)
+    if not options.default_allocator:
+        keep_big_blocks()
+    if options.nanogpt and not Path(options.nanogpt).is_file():
+        parser.error(f"there is no file {options.nanogpt}")
+    random_ids = functools.partial(torch.randint, 3, MODEL["vocab_size"])
+    ours = MegaForCausalLM(MegaConfig(**MODEL))
+    for dtype_name, dtype in DTYPES.items():
+        for length in options.lengths:
+            models = {"this": ours.train(), "transformers": build_theirs().train()}
+            if options.nanogpt:
+                models["nanoGPT"] = build_nanogpt(options.nanogpt, length)
+            ids = random_ids((max(4096 // length, 1), length))
+            step = functools.partial(train_step, ids=ids, dtype=dtype)
+            by_turns(f"train, {dtype_name}, {length}", models, step, ids.numel(), options.rounds)
+        for chunking in (True, False):
+            for length in options.lengths if chunking else [n for n in options.lengths if n < 9000]:
+                models = {
+                    "this": MegaForCausalLM(
+                        MegaConfig(**MODEL | {"use_chunking": chunking})
+                    ).eval(),
+                    "transformers": build_theirs(use_chunking=chunking).eval(),
+                }
+                work = functools.partial(forward, ids=random_ids((1, length)), dtype=dtype)
+                what = f"forward, {'chunks' if chunking else 'whole'}, {dtype_name}, {length}"
+                by_turns(what, models, work, length, options.rounds)
+    whole, n = {"use_chunking": False}, options.new_tokens
+    models = {
+        "this": MegaForCausalLM(MegaConfig(**MODEL | whole)),
+        "transformers": build_theirs(**whole),
+    }
+    decode = {"max_new_tokens": n, "pad_token_id": 1, "eos_token_id": None}
+    calls = {
+        "this": lambda: models["this"].generate(random_ids((1, 8)), n, 0),
+        "transformers": lambda: (
+            models["transformers"].eval().generate(random_ids((1, 8)), do_sample=False, **decode)
+        ),
+    }
+    by_turns(f"greedy decoding of {n} tokens", calls, lambda call: call(), n, 1)
+
+
+if __name__ == "__main__":
+    main()
