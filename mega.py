@@ -22,6 +22,7 @@ import math
 import warnings
 from collections import OrderedDict
 from dataclasses import asdict, dataclass, field, fields
+from importlib import import_module
 
 import torch
 import torch.nn.functional as F
@@ -384,6 +385,8 @@ def normal(*shape: int, std: float) -> nn.Parameter:
 # queries and keys from the EMA's output, values from its input. Shapes: q (B, K, c, Z), k (B, K, C,
 # Z), v (B, K, C, V), where the c queries stand at the last c of a chunk's C positions.
 
+QUERIES = 256  # that attend at once: the scores of all would be a long row's largest tensor
+
 
 def laplace(x: Tensor) -> Tensor:
     """A bounded relu2 (equation 16): mu = sqrt(1/2), sigma = sqrt(1 / (4 pi)), rounded as there."""
@@ -449,9 +452,7 @@ class RotaryBias(nn.Module):
         self.b_param = normal(1, config.shared_representation_size, std=config.initializer_range)
 
     def forward(self, end: int) -> Tensor:
-        """The bias of a key at each distance 1-end ... end-1 from its query: (2 end - 1). Of both
-        turns, only the one by the distance is left in the product.
-        """
+        """As above: of both turns, only that by the distance is left in the product."""
         half, device = self.alpha.shape[-1] // 2, self.alpha.device
         pairs = torch.arange(half, dtype=torch.float32, device=device)
         distance = torch.arange(1 - end, end, dtype=torch.float32, device=device).unsqueeze(1)
@@ -463,9 +464,7 @@ class RotaryBias(nn.Module):
 
 
 def bias_matrix(by_distance: Tensor, first: int, stop: int, keys: int) -> Tensor:
-    """For queries first ... stop-1 and keys 0 ... keys-1, (stop - first, keys), of the (2 end - 1)
-    numbers for the distances 1-end ... end-1.
-    """
+    """What a bias's forward says, for queries first ... stop-1 and keys 0 ... keys-1."""
     end = (len(by_distance) + 1) // 2
     return by_distance.unfold(0, keys, 1)[end - stop : end - first].flip(0)
 
@@ -506,11 +505,9 @@ class SequenceNorm(nn.Module):
 
 def dropout(x: Tensor, p: float, module: nn.Module) -> Tensor:
     """Of single numbers of x (B, L, D) or, with use_feature_dropout, of whole features of a row."""
-    if not module.training:
-        return x
-    if module.config.use_feature_dropout:
-        return x * F.dropout(torch.ones_like(x[:, :1]), p, module.training)
-    return F.dropout(x, p, module.training)
+    if module.training and module.config.use_feature_dropout:
+        return x * F.dropout(torch.ones_like(x[:, :1]), p)
+    return F.dropout(x, p) if module.training else x
 
 
 ACTIVATIONS = {name: getattr(F, name) for name in ("silu", "relu", "relu6", "leaky_relu", "mish")}
@@ -537,9 +534,6 @@ def linear(config: MegaConfig, inputs: int, outputs: int) -> Linear:
     return layer
 
 
-QUERIES = 256  # that attend at once: the scores of all would be a long row's largest tensor
-
-
 class MovingAverageGatedAttention(nn.Module):
     """Mega's layer: EMA, single-head attention in chunks, gates (section 3.3, figure 2)."""
 
@@ -557,8 +551,8 @@ class MovingAverageGatedAttention(nn.Module):
         self.rel_pos_bias = POSITION_BIASES[config.relative_positional_bias](config)
 
     def prepare(self, past: tuple, end: int) -> tuple:
-        """The past with what all steps up to position `end` need again: the EMA's coefficients, the
-        bias by distance, and keys and values with room for those to come, which steps fill.
+        """The past and what all steps up to position `end` need again: the EMA's coefficients, the
+        bias by distance, and keys and values with room, which the steps fill, for those to come.
         """
         end = min(self.config.attention_limit or end, end)
         room = [F.pad(old, (0, 0, 0, end - old.shape[1])) for old in past[1:3]]
@@ -566,7 +560,8 @@ class MovingAverageGatedAttention(nn.Module):
 
     def forward(self, x: Tensor, mask=None, past=(), use_cache=False, output_attentions=False):
         """x (B, L, D), mask (B, R + L), False at pads -> y (B, L, D), the next past, weights. Past:
-        the EMA's state (B, D, N), keys (B, R, Z), values (B, R, V), of all if not chunking; `prepare`.
+        the EMA's state (B, D, N), keys (B, R, Z), values (B, R, V), of all if not chunking, and
+        perhaps what `prepare` adds.
         """
         config, (D, V, Z), activation = self.config, self.sizes, ACTIVATIONS[self.config.activation]
         state, *old = past[:3] or [None]
@@ -757,26 +752,21 @@ class MegaBase(nn.Module):
 
     def resize_token_embeddings(self, size: int):
         """Keep the first `size` tokens, or add new ones; output layer and config follow."""
-        from data.checkpoint import resize
-
-        resize(self, size)
+        import_module("data.checkpoint").resize(self, size)
 
     def save_pretrained(self, folder: str):
         """Write config.json and model.safetensors, which Hugging Face's library reads, too."""
-        from data.checkpoint import write
-
-        write(self, folder)
+        import_module("data.checkpoint").write(self, folder)
 
     @classmethod
     def from_pretrained(cls, source: str, ignore_mismatched_sizes: bool = False, **settings):
         """The model, in eval mode, of a folder or hub id `owner/name`, with settings changed; an
         OSError or ValueError if it can't be read or does not fit, a warning if it lacks a head.
         """
-        from data.checkpoint import fill, read
-
-        config, weights = read(source)
+        files = import_module("data.checkpoint")
+        config, weights = files.read(source)
         model = cls(MegaConfig.from_dict(config, **settings))
-        fill(model, weights, ignore_mismatched_sizes, source)
+        files.fill(model, weights, ignore_mismatched_sizes, source)
         return model.eval()
 
 
@@ -876,6 +866,8 @@ def check_ids(name: str, ids: Tensor, limit: int, *shape: int):
 
 # -------------------------------------------------------------------------------------- 6 heads
 
+SLICE = 512  # positions whose logits exist at once: those of all would be a step's largest tensor
+
 
 class MegaHead(MegaBase):
     """A model, and on its `features` dropout, a linear layer named `output`, and a loss."""
@@ -965,13 +957,9 @@ class MegaForQuestionAnswering(MegaHead):
         return out
 
 
-SLICE = 512  # positions whose logits exist at once in a training step
-
-
 class SlicedLoss(torch.autograd.Function):
-    """`cross_entropy` of linear(x, weight, bias), x (T, D) and labels (T), some positions at a
-    time: the logits of all would be a training step's largest tensor. So that those of a slice can
-    go, its gradient is taken at once.
+    """`cross_entropy` of linear(x, weight, bias), x (T, D) and labels (T), slice by slice; so that
+    the logits of a slice can go, its gradient is taken at once.
     """
 
     @staticmethod
@@ -1009,7 +997,7 @@ class LanguageModel(MegaHead):
             getattr(self, self.output).weight = self.mega.embedding_layer["word_embeddings"].weight
 
     def forward(self, *args, labels=None, output_logits=None, **inputs) -> MegaOutput:
-        """As MegaHead's; output_logits=None leaves them out of a training step of many positions."""
+        """As MegaHead's; output_logits=None leaves them out in training steps of many positions."""
         if output_logits is None:
             output_logits = not self.training or labels is None or labels.numel() <= SLICE
         if output_logits or labels is None:
@@ -1119,6 +1107,4 @@ def draw(logits: Tensor, temperature: float, top_k, top_p, generator) -> Tensor:
 
 
 if __name__ == "__main__":
-    from data.demo import main
-
-    main()
+    import_module("data.demo").main()

@@ -118,7 +118,8 @@ def show_decoding():
         for length in (128, 1024, 4096, 16384) if not changes else (128, 1024, 4096):
             ids, times = torch.randint(MODEL["vocab_size"], (1, length)), []
             model.generate(ids, 60, 0, stream=lambda _, t=times: t.append(time.perf_counter()))
-            line += f"{length:>7}: {1 / statistics.median(torch.tensor(times, dtype=torch.float64).diff().tolist()):5.0f}"
+            steps = torch.tensor(times, dtype=torch.float64).diff().tolist()
+            line += f"{length:>7}: {1 / statistics.median(steps):5.0f}"
         print(line, flush=True)
 
 
