@@ -959,22 +959,25 @@ class MegaForQuestionAnswering(MegaHead):
 
 class SlicedLoss(torch.autograd.Function):
     """`cross_entropy` of linear(x, weight, bias), x (T, D) and labels (T), slice by slice; so that
-    the logits of a slice can go, its gradient is taken at once.
+    the logits of a slice can go, their gradient, softmax minus the label's one-hot, is taken there.
     """
 
     @staticmethod
     def forward(ctx, x, weight, bias, labels, needs_gradient: bool):
-        nats, dx, ctx.count = 0, [], len(x)
-        weight, bias = (p.detach().requires_grad_() for p in (weight, bias))
-        for x_s, label in zip(x.split(SLICE), labels.split(SLICE), strict=True):
-            with torch.set_grad_enabled(needs_gradient):
-                x_s = x_s.detach().requires_grad_()
-                logits = at_least_fp32(F.linear(x_s, weight, bias))
-                part = F.cross_entropy(logits, label, reduction="sum")
-                if needs_gradient:
-                    part.backward()
-            nats, dx = nats + part.detach(), [*dx, x_s.grad]
-        ctx.save_for_backward(*([torch.cat(dx), weight.grad, bias.grad] if needs_gradient else []))
+        nats, dx, ctx.count, wide = 0, [], len(x), torch.promote_types(x.dtype, torch.float32)
+        dweight, dbias = (torch.zeros_like(p, dtype=wide) for p in (weight, bias))
+        autocast, low = torch.is_autocast_enabled(x.device.type), x.dtype
+        low = torch.get_autocast_dtype(x.device.type) if autocast else low
+        x, weight, bias = (t.to(low) for t in (x, weight, bias))
+        for x_s, label in zip(x.split(SLICE), labels.unsqueeze(-1).split(SLICE), strict=True):
+            logits = F.linear(x_s, weight, bias)
+            p = logits.softmax(-1, dtype=wide)
+            log_sum = logits.amax(-1, True) - p.amax(-1, True).log()  # of all logits' exponentials
+            nats += (log_sum - logits.gather(-1, label)).sum()
+            if needs_gradient:
+                p = p.scatter_add_(-1, label, -torch.ones_like(log_sum)).to(low)
+                dx, dweight, dbias = [*dx, p @ weight], dweight.add_(p.mT @ x_s), dbias + p.sum(0)
+        ctx.save_for_backward(*([torch.cat(dx), dweight, dbias] if needs_gradient else []))
         return nats / ctx.count
 
     @staticmethod
