@@ -413,9 +413,8 @@ def attention(layer: nn.Module, q, k, v, bias: Tensor, visible: Tensor | None):
     """
     kind, divisor = layer.config.attention_activation, math.sqrt(q.shape[-1])
     if kind != "softmax":
-        divisor = k.shape[-2] if visible is None else visible.sum(-1, keepdim=True).clamp(min=1)
-    if visible is not None and visible.ndim == 2:  # without pads, so that each query sees itself
-        bias, visible = bias.masked_fill(~visible, -math.inf), None
+        seen = bias > -math.inf if visible is None else visible
+        divisor = seen.sum(-1, keepdim=True).clamp(min=1)
     scores = at_least_fp32((q / divisor) @ k.mT) + bias
     if visible is None:
         weights = ATTENTION_FUNCTIONS[kind](scores)
@@ -606,16 +605,16 @@ class MovingAverageGatedAttention(nn.Module):
         q, k, v = (t.reshape(-1, n, t.shape[-1]) for t, n in ((q, c), (k, chunk), (v, chunk)))
         mask = None if mask is None else mask.reshape(-1, 1, chunk)
         by_distance = self.rel_pos_bias(chunk) if by_distance is None else by_distance
+        if config.is_decoder and c > 1:  # no key is seen from before it
+            n = (len(by_distance) - 1) // 2
+            by_distance = F.pad(by_distance[: n + 1], (0, n), value=-math.inf)
         outputs, maps = [], []
         for q_part in q.split(QUERIES, 1):
             first = chunk - c + QUERIES * len(outputs)
             stop = first + q_part.shape[1]
             keys = stop if config.is_decoder else chunk  # those after it are not seen
-            visible = None if mask is None else mask[..., :keys]
-            if config.is_decoder and c > 1:
-                past = q.new_ones(stop - first, keys, dtype=torch.bool).tril(first)
-                visible = past if visible is None else visible & past
             bias = bias_matrix(by_distance, first, stop, keys)
+            visible = None if mask is None else mask[..., :keys] & (bias > -math.inf)
             output, weights = attention(self, q_part, k[:, :keys], v[:, :keys], bias, visible)
             outputs.append(output)
             maps += [F.pad(weights, (0, chunk - keys))] if output_attentions else []
