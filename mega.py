@@ -415,7 +415,7 @@ def attention(layer: nn.Module, q, k, v, bias: Tensor, visible: Tensor | None):
     if kind != "softmax":
         seen = bias > -math.inf if visible is None else visible
         divisor = seen.sum(-1, keepdim=True).clamp(min=1)
-    scores = at_least_fp32((q / divisor) @ k.mT) + bias
+    scores = at_least_fp32((q / divisor) @ k.mT).add_(bias)
     if visible is None:
         weights = ATTENTION_FUNCTIONS[kind](scores)
     else:  # filled again after the function: a query that sees nothing gets zeros
