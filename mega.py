@@ -399,9 +399,9 @@ ATTENTION_FUNCTIONS |= {"laplace": laplace, "relu2": lambda x: F.relu(x).square(
 
 def matmul(x: Tensor, y: Tensor) -> Tensor:
     """x @ y, where a single row x (.., 1, n) keeps all CPU threads busy; BLAS takes one for it."""
-    parts = torch.get_num_threads()
     one = x.numel() == x.shape[-1] and x.device.type == "cpu" and x.dtype == torch.float32
-    if not one or y.shape[-1] % parts:
+    parts = torch.get_num_threads() if one else 1
+    if parts == 1 or y.shape[-1] % parts:
         return x @ y
     columns = y.view(y.shape[-2], parts, -1).transpose(0, 1)  # (parts, n, m / parts)
     return torch.bmm(x.expand(parts, 1, -1), columns).view(*x.shape[:-1], -1)
