@@ -356,7 +356,9 @@ class DampedEMA(nn.Module):
         return p * self.ema_expansion_matrix.squeeze(-1), 1 - p * decay, g
 
     def forward(self, x: Tensor, mask=None, state=None, mode=None, coefficients=None):
-        """x (B, L, D), mask (B, L), 0 at pads, state (B, D, N) -> y, last state or None."""
+        """x (B, L, D), mask (B, L), 0 at pads, state (B, D, N), coefficients if at hand -> y, last
+        state or None.
+        """
         truncation, bidirectional = self.config.truncation, self.config.bidirectional
         steps = "recurrent" if x.shape[1] <= 16 else "blockwise"  # by measurement
         mode = mode or self.mode or (steps if truncation is None else "fft")
@@ -382,8 +384,8 @@ def normal(*shape: int, std: float) -> nn.Parameter:
 
 # ---------------------------------------------------------------------------------- 3 attention
 # Single-head attention with a reset gate (section 3.2, equations 6 to 15) in chunks (section 3.4):
-# queries and keys from the EMA's output, values from its input. Shapes: q (B, K, c, Z), k (B, K, C,
-# Z), v (B, K, C, V), where the c queries stand at the last c of a chunk's C positions.
+# queries and keys from the EMA's output, values from its input. Shapes: q (B K, c, Z), k (B K, C,
+# Z), v (B K, C, V), where the c queries stand at the last c of a chunk's C positions.
 
 QUERIES = 256  # that attend at once: the scores of all would be a long row's largest tensor
 
@@ -408,8 +410,9 @@ def matmul(x: Tensor, y: Tensor) -> Tensor:
 
 
 def attention(layer: nn.Module, q, k, v, bias: Tensor, visible: Tensor | None):
-    """q (.., c, Z), k (.., w, Z), v (.., w, V), bias (c, w), visible (.., c, w) or None -> output
-    (.., c, V), weights (.., c, w). Softmax scales by 1/sqrt(Z), the others by 1/visible keys.
+    """q (.., c, Z), k (.., w, Z), v (.., w, V), bias (c, w), -inf where no key is seen, visible
+    (.., c, w) or None: no pads -> output (.., c, V), weights (.., c, w). Softmax scales by
+    1/sqrt(Z), the others by 1/visible keys.
     """
     kind, divisor = layer.config.attention_activation, math.sqrt(q.shape[-1])
     if kind != "softmax":
@@ -614,7 +617,9 @@ class MovingAverageGatedAttention(nn.Module):
             stop = first + q_part.shape[1]
             keys = stop if config.is_decoder else chunk  # those after it are not seen
             bias = bias_matrix(by_distance, first, stop, keys)
-            visible = None if mask is None else mask[..., :keys] & (bias > -math.inf)
+            visible = None if mask is None else mask[..., :keys]
+            if mask is not None and config.is_decoder:
+                visible = visible & (bias > -math.inf)
             output, weights = attention(self, q_part, k[:, :keys], v[:, :keys], bias, visible)
             outputs.append(output)
             maps += [F.pad(weights, (0, chunk - keys))] if output_attentions else []
