@@ -52,6 +52,9 @@ def load_model(source: str | Path):
         raise UserError(f"the checkpoint in {source} can't be read ({error})") from None
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"the checkpoint in {source} can't be read ({short(error)})") from None
+    wrong = [name for name, p in model.named_parameters() if not p.isfinite().all()]
+    if wrong:
+        raise UserError(f"the checkpoint in {source} is broken: {wrong[0]} is not finite")
     codec = find_tokenizer(str(source))
     sizes = f"{codec.size} tokens and its model {model.config.vocab_size}"
     # The table of a published model is sometimes padded to a round number of rows.

@@ -10,6 +10,7 @@ in fp32 a tolerance is stated. The order is that of mega.py's rooms.
 import copy
 import functools
 import http.server
+import io
 import itertools
 import json
 import math
@@ -20,6 +21,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import unittest.mock
 import warnings
 import zipfile
@@ -2311,6 +2313,20 @@ TINY = [
 ]
 
 
+def pickled(content) -> bytes:
+    file = io.BytesIO()
+    torch.save(content, file)
+    return file.getvalue()
+
+
+def zipfile_of(files: dict[str, bytes]) -> bytes:
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        for name, text in files.items():
+            archive.writestr(name, text)
+    return content.getvalue()
+
+
 def call(main, *arguments):
     """What `python script.py arguments` does, here: main's exit code, 0 if it returns."""
     old, sys.argv = sys.argv, ["script.py", *map(str, arguments)]
@@ -2331,6 +2347,12 @@ def trained(corpus, data, tmp_path):
     return tmp_path / "out", arguments
 
 
+def training(*arguments) -> train.Training:
+    """A training as train.main makes it; its lock is freed when it is collected."""
+    s = train.read_settings([str(argument) for argument in arguments])
+    return train.Training(s, train.Team(s.device))
+
+
 def test_training_writes_checkpoints_log_and_last_line(trained, capsys):
     out, arguments = trained
     rows = (out / "log.csv").read_text().splitlines()
@@ -2340,83 +2362,296 @@ def test_training_writes_checkpoints_log_and_last_line(trained, capsys):
     )
     assert [row.split(",")[:2] for row in rows[1:]] == [["3", "120"], ["6", "240"]]
     names = {"config.json", "model.safetensors", "tokenizer.tiktoken", "tokenizer_meta.json"}
-    assert {p.name for p in out.iterdir()} == names | {"last", "log.csv"}
-    assert {p.name for p in (out / "last").iterdir()} == names | {"training.pt"}
+    seen = {"log.csv", "samples.txt", "loss.png"}
+    assert {p.name for p in out.iterdir()} == names | seen | {"last.pt", "lock"}
+    assert (out / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    samples = (out / "samples.txt").read_text("utf-8")
+    assert re.findall(r"--- step (\d+)\n", samples) == ["3", "6"]
     best = min(float(row.split(",")[4]) for row in rows[1:])
     capsys.readouterr()
-    assert call(train.main, *arguments, "--eval_only") == 0
-    last_line = capsys.readouterr().out.splitlines()[-1]
+    assert call(train.main, *arguments, "--eval_only", "--contexts=carried") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == [
+        "test", "test, carried", "val", "val, carried", "val"
+    ]  # fmt: skip
     pattern = r"val: loss (\d+\.\d+) bits_per_byte \d+\.\d+ word_perplexity \d+\.\d+"
-    assert float(re.fullmatch(pattern, last_line)[1]) == pytest.approx(best, abs=1e-4)
+    assert float(re.fullmatch(pattern, lines[-1])[1]) == pytest.approx(best, abs=1e-4)
+    counts = prepare.read_meta(out.parent / "data" / "wikitext-2")["splits"]["val"]
+    assert f"{counts['tokens'] - 1:,} tokens predicted, {counts['bytes']:,} bytes" in lines[2]
 
 
-def test_evaluation_is_over_the_whole_split_and_in_the_stated_units(trained):
-    out, arguments = trained
-    run = train.Training(train.read_settings([*arguments, "--eval_only", "--dtype=float32"]))
-    ids = torch.from_numpy(run.corpus.tokens["val"].astype(np.int64))
-    nats, model = 0.0, run.model.eval()
-    for start in range(0, len(ids) - 1, 20):
-        window = ids[start : start + 21][None]
-        logp = model(window[:, :-1]).logits.log_softmax(-1)
-        nats -= logp.gather(-1, window[:, 1:, None]).sum().item()
-    text = "".join(prepare.wikitext("wikitext-2", str(out.parent / "wiki"))["val"])
-    found = run.evaluate()
-    assert found["loss"] == pytest.approx(nats / (len(ids) - 1), rel=1e-4)
-    assert found["bits_per_byte"] == pytest.approx(
-        nats / math.log(2) / len(text.encode()), rel=1e-4
+def nats_of_all(model, ids, mask=None):
+    """Nats of each of ids (T) but the first, by one pass over the whole row."""
+    logp = model(ids[None, :-1], attention_mask=mask, use_cache=False).logits[0].log_softmax(-1)
+    return -logp.gather(-1, ids[1:, None]).squeeze(-1)
+
+
+@pytest.mark.parametrize("at_once", [8, 24, 8192])
+@pytest.mark.parametrize("chunk", [7, 8])
+@torch.no_grad()
+def test_evaluation_is_over_the_whole_split_and_in_the_stated_units(
+    corpus, data, tmp_path, monkeypatch, chunk, at_once
+):
+    flags = [f"--source={corpus}", f"--out_dir={tmp_path}", "--dtype=float32"]
+    run = training(*TINY, *flags, f"--chunk_size={chunk}")
+    monkeypatch.setattr(train, "EVALUATED", at_once)
+    ids, model = torch.from_numpy(run.corpus.tokens["val"].astype(np.int64)), randomized(run.model)
+    # Past `half` of its chunk a token counts as the model sees it, before that as with later
+    # chunks; pads in front, which nobody sees, move them.
+    half = chunk // 2
+    pads = ids.new_zeros(chunk - half)
+    plain, mask = nats_of_all(model, ids), torch.ones(1, len(pads) + len(ids) - 1)
+    mask[:, : len(pads)] = 0
+    moved = nats_of_all(model, torch.cat([pads, ids]), mask)[len(pads) :]
+    late = torch.arange(len(plain)) % chunk >= half
+    assert (plain - moved).abs().max() > 0.01
+    expected = {"carried": plain.sum(), "sliding": torch.where(late, plain, moved).sum()}
+    for length in (1, 20, 200):
+        pieces = [ids[i : i + length + 1] for i in range(0, len(ids) - 1, length)]
+        expected[str(length)] = sum(nats_of_all(model, piece).sum() for piece in pieces)
+    text = "".join(prepare.wikitext("wikitext-2", str(corpus))["val"])
+    per_word = len(text.split()) + text.count("\n")
+    for context, nats in expected.items():
+        found = train.evaluate(model, run.corpus, "val", context, run.autocast)
+        nats = nats.item()
+        assert found["loss"] == pytest.approx(nats / (len(ids) - 1), rel=1e-6)
+        bits = nats / math.log(2) / len(text.encode())
+        assert found["bits_per_byte"] == pytest.approx(bits, rel=1e-6)
+        assert found["word_perplexity"] == pytest.approx(math.exp(nats / per_word), rel=1e-5)
+    assert len({nats.item() for nats in expected.values()}) == len(expected)
+    assert not model.training and train.evaluate(
+        model.train(), run.corpus, "val", "9", run.autocast
     )
-    per_word = nats / (len(text.split()) + text.count("\n"))
-    assert found["word_perplexity"] == pytest.approx(math.exp(per_word), rel=1e-3)
-    assert run.evaluate() == found
+    assert model.training
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_resumed_run_equals_one_that_never_stopped(corpus, data, tmp_path, dtype):
-    def training(out, *more):
-        arguments = [*TINY, f"--source={corpus}", f"--out_dir={tmp_path / out}", f"--dtype={dtype}"]
-        return train.Training(train.read_settings([*arguments, *more]))
+def test_an_epoch_reads_every_window_once_and_the_next_in_another_order(corpus, data, tmp_path):
+    found = training(*TINY, f"--source={corpus}", f"--out_dir={tmp_path}").corpus
+    length, tokens = found.block_size, torch.from_numpy(found.tokens["train"].astype(np.int64))
+    n = found.windows
+    assert n == (len(tokens) - 1) // length - 1
+    orders = []
+    for epoch in range(3):
+        inputs, targets = found.rows(range(epoch * n, (epoch + 1) * n), torch.device("cpu"))
+        starts = found.epoch(epoch)
+        assert sorted(starts - starts.min()) == [i * length for i in range(n)]
+        for i, start in enumerate(starts):
+            assert inputs[i].equal(tokens[start : start + length])
+            assert targets[i].equal(tokens[start + 1 : start + length + 1])
+        orders.append(tuple(starts))
+    assert len(set(orders)) == 3 and len({min(order) for order in orders}) > 1
+    # A row's number alone says what it is: in any order, after any other, across two epochs.
+    both, _ = found.rows(range(n - 1, n + 1), torch.device("cpu"))
+    assert both[0].equal(tokens[orders[0][-1] :][:length])
+    assert both[1].equal(tokens[orders[1][0] :][:length])
 
-    whole = training("whole")
-    losses = [whole.train_step(whole.model) for _ in range(6)]
-    first = training("parts")
-    assert [first.train_step(first.model) for _ in range(3)] == losses[:3]
-    first.evaluate()
-    first.print_sample()
-    first.save_last()
+
+def same(a, b) -> bool:
+    """Equal, bit by bit, in all that they hold."""
+    if torch.is_tensor(a):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def checkpoint_of(out) -> dict:
+    """What a checkpoint holds, but for the clock's part in it."""
+    state = torch.load(out / "last.pt", weights_only=True)
+    clock = ("seconds", "tokens_per_second")
+    state["log"] = [{k: v for k, v in row.items() if k not in clock} for row in state["log"]]
+    return {name: value for name, value in state.items() if name != "seconds"}
+
+
+@pytest.mark.parametrize(("dtype", "optimizer"), [("float32", "adamw"), ("bfloat16", "muon")])
+def test_a_resumed_run_equals_one_that_never_stopped(corpus, data, tmp_path, dtype, optimizer):
+    def started(out, *more):
+        flags = [f"--source={corpus}", f"--out_dir={tmp_path / out}", f"--dtype={dtype}"]
+        return training(*TINY, *flags, f"--optimizer={optimizer}", *more)
+
+    whole, first = started("whole"), started("parts")
+    for run, steps in ((whole, 6), (first, 4)):
+        for _ in range(steps):
+            run.train_step()
+            if run.step == 3:
+                run.evaluate()
+        run.save(better=False)
+    first.lock.release()
     torch.manual_seed(99)
-    second = training("parts", "--resume")
-    assert second.step == 3
-    assert [second.train_step(second.model) for _ in range(3)] == losses[3:]
-    pairs = zip(whole.model.parameters(), second.model.parameters(), strict=True)
-    assert all(torch.equal(a, b) for a, b in pairs)
+    second = started("parts", "--resume")
+    assert second.step == 4 and second.losses == whole.losses[:1]
+    for _ in range(2):
+        second.train_step()
+    second.save(better=False)
+    assert same(checkpoint_of(tmp_path / "whole"), checkpoint_of(tmp_path / "parts"))
+    files = [(tmp_path / out / "model.safetensors").read_bytes() for out in ("whole", "parts")]
+    assert files[0] == files[1]
 
 
-def test_a_resume_finds_what_a_crash_between_two_renames_left(trained):
-    out, arguments = trained
-    for name in ("last.new", "last.old"):
-        (out / "last").rename(out / name)
-        assert train.Training(train.read_settings([*arguments, "--resume"])).step == 6
-        (out / name).rename(out / "last")
-
-
-def test_gradient_accumulation_equals_one_large_batch(corpus, data, tmp_path, monkeypatch):
-    def stepped(rows, times):
-        flags = [f"--source={corpus}", f"--out_dir={tmp_path}", "--dropout=0", "--dtype=float32"]
+@pytest.mark.parametrize("dropout", [0, 0.2])
+def test_gradient_accumulation_equals_one_large_batch(corpus, data, tmp_path, dropout):
+    def stepped(out, rows, times):
+        flags = [f"--source={corpus}", f"--out_dir={tmp_path / out}", f"--dropout={dropout}"]
         flags += [f"--batch_size={rows}", f"--gradient_accumulation_steps={times}"]
-        run = train.Training(train.read_settings([*TINY, *flags]))
-        run.train_step(run.model)
+        run = training(*TINY, *flags, "--dtype=float32", "--optimizer=adamw")
+        run.train_step()
         return [p.detach() for p in run.model.parameters()]
 
-    windows = torch.arange(0, 84).view(4, 21)
-    calls = iter([windows[:2], windows[2:], windows])
+    one, parts, uneven = stepped("a", 6, 1), stepped("b", 2, 3), stepped("c", 3, 2)
+    if dropout:  # other parts, other masks
+        assert not all(a.allclose(b) for a, b in zip(one, parts, strict=True))
+    else:
+        for a, b, c in zip(one, parts, uneven, strict=True):
+            close(a, b, 1e-4)
+            close(a, c, 1e-4)
 
-    def batch(*_):
-        rows = next(calls)
-        return rows[:, :-1], rows[:, 1:]
 
-    monkeypatch.setattr(train.Corpus, "batch", batch)
-    for a, b in zip(stepped(2, 2), stepped(4, 1), strict=True):
-        close(a, b, 1e-4)
+def test_two_processes_equal_one(copied, corpus):
+    flags = [*TINY, f"--source={corpus}", "--dtype=float32", "--max_iters=20", "--sample_tokens=0"]
+    flags += ["--gradient_accumulation_steps=2", "--eval_interval=10", "--contexts=sliding"]
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+
+    def compare(*more):
+        states, said = [], []
+        for out, command in (("one", ()), ("two", torchrun)):
+            done = script(copied, *command, "train.py", *flags, *more, f"--out_dir={out}")
+            assert done.returncode == 0, done.stderr
+            other = r"(?m)^(note|the earlier run).*\n|, [\d,]+ tokens/s|1 threads( x 2)?"
+            said.append(re.sub(other, "", done.stdout))
+            states.append(checkpoint_of(copied / out))
+        assert said[0] == said[1] and said[0].count("step 20: ") == 1  # one of them prints
+        assert [state.pop("processes") for state in states] == [1, 2]
+        return states
+
+    assert same(*compare())  # the same rows in the same parts, dropout and all: bit by bit
+    # One part of four rows, or two in each process: as close as sums in another order.
+    uneven = "--batch_size=4", "--gradient_accumulation_steps=1", "--dropout=0"
+    one, two = compare(*uneven, "--optimizer=adamw")
+    for a, b in zip(one["model"].values(), two["model"].values(), strict=True):
+        assert (a - b).abs().max() <= 1e-5
+    for a, b in zip(one["log"], two["log"], strict=True):
+        assert float(a["train_loss"]) == pytest.approx(float(b["train_loss"]), abs=1e-5)
+    again = [*flags, *uneven, "--optimizer=adamw", "--out_dir=two", "--resume", "--max_iters=21"]
+    done = script(copied, "train.py", *again)
+    assert done.returncode == 0 and "2 processes made two/last.pt, now there are 1" in done.stdout
+
+
+def test_rows_that_the_processes_cannot_share_are_refused(corpus, data, tmp_path):
+    run = training(*TINY, f"--source={corpus}", f"--out_dir={tmp_path}")
+    run.team.size = 3
+    with pytest.raises(prepare.UserError) as refused:
+        run.share_rows()
+    assert str(refused.value) == (
+        "a step's 2 rows (--batch_size=2 times --gradient_accumulation_steps=1) can't be shared "
+        "by 3 processes; make them a multiple of 3"
+    )
+
+
+def test_parts_of_a_step_are_shared_without_remainder(corpus, data, tmp_path):
+    run = training(*TINY, f"--source={corpus}", f"--out_dir={tmp_path}", "--batch_size=4",
+                   "--gradient_accumulation_steps=3")  # fmt: skip
+    for size in (1, 2, 3, 4, 6, 12):
+        parts = []
+        for rank in range(size):
+            run.team.rank, run.team.size = rank, size
+            mine = run.share_rows()
+            assert all(1 <= len(part) <= 4 for part in mine)
+            assert sum(map(len, mine)) == 12 // size
+            parts += mine
+        assert [i for part in parts for i in part] == list(range(12))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows kills in another way")
+def test_a_run_killed_at_any_moment_goes_on_as_if_it_had_not_been(copied, corpus):
+    flags = [*TINY, f"--source={corpus}", "--max_iters=150", "--save_interval=7"]
+    flags += ["--eval_interval=40", "--contexts=carried"]
+    whole = script(copied, "train.py", *flags, "--out_dir=unbroken")
+    assert whole.returncode == 0, whole.stderr
+    command = [sys.executable, "train.py", *flags, "--out_dir=killed"]
+    killed, steps, resume = copied / "killed", [], []
+    for moment in (0.0, 0.2, 0.1):  # seconds after the checkpoint of a later step is there
+        with subprocess.Popen([*command, *resume], cwd=copied, stdout=subprocess.DEVNULL) as run:
+
+            def step():
+                found = (killed / "last.pt").exists()
+                return checkpoint_of(killed)["step"] if found else -1
+
+            while step() <= max(steps, default=-1):
+                assert run.poll() is None
+                time.sleep(0.02)
+            time.sleep(moment)
+            run.kill()
+        steps.append(step())
+        resume = ["--resume"]
+    assert steps[-1] < 150, "none was killed in time"
+    done = script(copied, *command[1:], "--resume")
+    assert done.returncode == 0, done.stderr
+    assert same(checkpoint_of(copied / "unbroken"), checkpoint_of(killed))
+    for name in ("model.safetensors", "samples.txt", "config.json"):
+        assert (killed / name).read_bytes() == (copied / "unbroken" / name).read_bytes()
+
+
+def test_two_runs_in_one_folder_are_refused(trained, capsys):
+    out, arguments = trained
+    run = training(*arguments, "--resume")
+    before = {p: p.read_bytes() for p in out.iterdir() if p.is_file()}
+    for more in ([], ["--resume", "--max_iters=9"]):
+        assert call(train.main, *arguments, *more) == 2
+        error = capsys.readouterr().err
+        assert f"another run is at work in {out}; wait" in error and error.count("\n") == 1
+    assert {p: p.read_bytes() for p in out.iterdir() if p.is_file()} == before
+    run.lock.release()
+    assert call(train.main, *arguments, "--resume", "--max_iters=9") == 0
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+@pytest.mark.parametrize("name", ["last.pt", "model.safetensors", "log.csv", "loss.png"])
+def test_a_full_disk_is_one_sentence_and_the_old_checkpoint_stays(trained, capsys, name):
+    out, arguments = trained
+    before = {p: p.read_bytes() for p in out.iterdir() if p.is_file()}
+    (out / f"{name}.part").symlink_to("/dev/full")
+    capsys.readouterr()
+    assert call(train.main, *arguments, "--resume", "--max_iters=9") == 2
+    error = capsys.readouterr().err
+    assert "can't be saved" in error and "No space left" in error and error.count("\n") == 1, error
+    if name in ("last.pt", "model.safetensors"):
+        assert (out / name).read_bytes() == before[out / name]
+    assert not list(out.glob("*.part"))
+    assert call(train.main, *arguments, "--resume", "--max_iters=9") == 0
+    assert checkpoint_of(out)["step"] == 9
+
+
+def test_a_compiler_that_fails_is_one_line(corpus, data, tmp_path, capsys, monkeypatch):
+    def broken(model):
+        def engine(*_, **__):
+            raise RuntimeError("no working C++ compiler")
+
+        return engine
+
+    monkeypatch.setattr(torch, "compile", broken)
+    flags = [*TINY, f"--source={corpus}", f"--out_dir={tmp_path / 'out'}", "--dtype=float32"]
+    assert call(train.main, *flags, "--compile") == 0
+    said = capsys.readouterr().out
+    assert said.count("without --compile, which fails here (RuntimeError: no working C++") == 1
+    first = checkpoint_of(tmp_path / "out")
+    assert call(train.main, *flags, f"--out_dir={tmp_path / 'eager'}") == 0
+    assert same(first["model"], checkpoint_of(tmp_path / "eager")["model"])
+
+
+def test_the_presets_are_of_the_papers_size():
+    codec = prepare.new_tokenizer("bytes", 0, [])
+    for name, low, high in (("wikitext-103-base", 38e6, 60e6), ("wikitext-103-large", 2e8, 2.6e8)):
+        s = train.read_settings([f"--preset={name}", "--max_iters=7"])
+        assert (s.max_iters, s.learning_rate, s.optimizer) == (7, 5e-3, "adamw")
+        assert s.batch_size * s.gradient_accumulation_steps * s.block_size == 24 * 6144
+        codec.size = s.vocab_size
+        with torch.device("meta"):
+            model = train.new_model(s, codec)
+        assert low < sum(p.numel() for p in model.parameters()) < high
+        assert s.block_size % model.config.chunk_size == 0
+    assert train.read_settings(["--preset=wikitext-103-base", "--chunk_size=512"]).chunk_size == 512
 
 
 def test_a_new_run_keeps_the_earlier_one(trained, capsys):
@@ -2427,9 +2662,9 @@ def test_a_new_run_keeps_the_earlier_one(trained, capsys):
     assert f"is now in {out / 'previous'}" in capsys.readouterr().out
     assert (out / "previous" / "model.safetensors").read_bytes() == weights
     assert (out / "model.safetensors").read_bytes() != weights
-    assert train.Training(train.read_settings([*arguments, "--resume", "--seed=5"])).step == 6
     assert call(train.main, *arguments, "--seed=5", "--resume") == 0  # done: evaluates only
     assert len((out / "log.csv").read_text().splitlines()) == 3
+    assert call(train.main, f"--out_dir={out / 'previous'}", *arguments[:-1], "--resume") == 0
 
 
 def test_a_validation_split_shorter_than_the_context_is_evaluated(corpus, data, tmp_path):
@@ -2442,16 +2677,22 @@ def test_the_learning_rate_rises_and_falls_linearly():
     s = train.read_settings(
         ["--learning_rate=1", "--warmup_fraction=0.1", "--min_lr_fraction=0.05"]
     )
-    found = [train.learning_rate_at(s, x) for x in (0.05, 0.1, 0.55, 1.0)]
+    found = [train.learning_rate_factor(s, x) for x in (0.05, 0.1, 0.55, 1.0)]
     assert found == pytest.approx([0.5, 1, 0.5, 0.05])
 
 
-def test_weight_decay_is_for_matrices_of_linear_layers_only(trained):
-    _, arguments = trained
-    run = train.Training(train.read_settings(arguments))
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_weight_decay_is_for_matrices_of_linear_layers_only(corpus, data, tmp_path, optimizer):
+    flags = [f"--source={corpus}", f"--out_dir={tmp_path}", f"--optimizer={optimizer}"]
+    run = training(*TINY, *flags, "--learning_rate=0.5", "--muon_learning_rate=0.25")
     names = {id(p): name for name, p in run.model.named_parameters()}
-    decaying, rest = ([names[id(p)] for p in g["params"]] for g in run.optimizer.param_groups)
-    assert [g["weight_decay"] for g in run.optimizer.param_groups] == [0.1, 0.0]
+    decaying, rest, rates = [], [], {}
+    for found in run.optimizers:
+        for group in found.param_groups:
+            members = [names[id(p)] for p in group["params"]]
+            (decaying if group["weight_decay"] else rest).extend(members)
+            assert group["weight_decay"] in (0.0, 0.1)
+            rates |= dict.fromkeys(members, group["lr"])
     assert {name.split(".")[-2] for name in decaying} == {
         "v_proj",
         "mx_proj",
@@ -2459,7 +2700,9 @@ def test_weight_decay_is_for_matrices_of_linear_layers_only(trained):
         "fc1",
         "fc2",
     }
-    assert len(decaying) + len(rest) == len(names)
+    assert sorted(decaying + rest) == sorted(names.values())
+    assert {rates[name] for name in rest} == {0.5}
+    assert {rates[name] for name in decaying} == {0.25 if optimizer == "muon" else 0.5}
 
 
 def test_sampling_continues_the_prompt(trained, capsys, monkeypatch):
@@ -2570,104 +2813,241 @@ def test_a_checkpoint_of_the_hub_is_sampled_and_of_another_kind_refused(
         assert message in error and error.count("\n") == 1, error
 
 
-BAD_TRAINING = {
-    "--learnin_rate=1": "did you mean --learning_rate",
-    "--zzz 3": "there is no setting --zzz",
-    "stray": "there is no setting stray",
-    "--max_iters=ten": "must be an integer, got 'ten'",
-    "--max_iters=0": "--max_iters must be at least 1, got 0",
-    "--learning_rate=fast": "must be a number, got 'fast'",
-    "--learning_rate=-1": "--learning_rate must be above 0",
-    "--learning_rate=nan": "--learning_rate must be above 0",
-    "--dropout=1": "--dropout must be 0 or more and below 1",
-    "--compile=maybe": "must be True or False, got 'maybe'",
-    "--dtype=fp8": "--dtype must be one of auto, float32, bfloat16, got 'fp8'",
-    "--tokenizer=words": "--tokenizer must be one of bpe, bytes, gpt2",
-    "--device=abacus": "--device=abacus can't be used here",
-    "--attention=sigmoid": "attention_activation must be one of softmax",
-    "--shared_size=5": "shared_representation_size must be even",
-    "--dataset=no_such_file.txt": "no_such_file.txt does not exist",
-    "--train_split=best": "a split is train, val, test, not 'best'",
-    "--block_size=100000": "give more text or shorten it",
-    "--vocab_size=3": "vocab_size must be from 257",
-    "--resume": "there is nothing to resume",
-    "--eval_only": "there is no checkpoint in",
-    "--max_iters": "expected one argument",
-    "--seed=-1": "--seed must be 0 or more",
-    "--out_dir=": "--out_dir must be non-empty, got",
-    "--dataset=": "--dataset must be non-empty, got",
+# A hundred ways to be wrong: script and flags, or files, and a part of the sentence that says so.
+# out/ has a checkpoint and its training, wiki/ a WikiText; here/ is the folder of the files below.
+ZIP = zipfile_of({"train.txt": b"the model " * 200, "valid.txt": b"the model " * 20})
+WRONG_FLAGS = {
+    "train": {
+        "--learnin_rate=1": "did you mean --learning_rate?",
+        "--zzz 3": "there is no setting --zzz",
+        "stray": "there is no setting stray",
+        "--max_iters=ten": "must be an integer, got 'ten'",
+        "--max_iters=0": "--max_iters must be at least 1, got 0",
+        "--max_iters": "expected one argument",
+        "--learning_rate=fast": "must be a number, got 'fast'",
+        "--learning_rate=-1": "--learning_rate must be above 0, got -1.0",
+        "--learning_rate=nan": "--learning_rate must be above 0, got nan",
+        "--muon_learning_rate=inf": "--muon_learning_rate must be above 0, got inf",
+        "--min_lr_fraction=2": "--min_lr_fraction must be 0 or more and below 1, got 2.0",
+        "--warmup_fraction=-0.1": "--warmup_fraction must be 0 or more and below 1, got -0.1",
+        "--dropout=1": "--dropout must be 0 or more and below 1, got 1.0",
+        "--gate_bias=nan": "--gate_bias must be finite, got nan",
+        "--momentum=1": "--momentum must be 0 or more and below 1, got 1.0",
+        "--beta2=1.5": "--beta2 must be 0 or more and below 1, got 1.5",
+        "--weight_decay=-1": "--weight_decay must be 0 or more, got -1.0",
+        "--grad_clip=nan": "--grad_clip must be 0 or more, got nan",
+        "--max_minutes=inf": "--max_minutes must be 0 or more, got inf",
+        "--max_minutes=-3": "--max_minutes must be 0 or more, got -3.0",
+        "--optimizer=sgd": "--optimizer must be one of muon, adamw, got 'sgd'",
+        "--batch_size=2.5": "must be an integer, got '2.5'",
+        "--batch_size=0": "--batch_size must be at least 1, got 0",
+        "--gradient_accumulation_steps=0": "must be at least 1, got 0",
+        "--block_size=100000": "give more text or shorten it",
+        "--chunk_size=-4": "--chunk_size must be 0 or more, got -4",
+        "--n_layer=0": "--n_layer must be at least 1, got 0",
+        "--n_embd=-16": "--n_embd must be at least 1, got -16",
+        "--ema_size=0": "--ema_size must be at least 1, got 0",
+        "--shared_size=5": "shared_representation_size must be even",
+        "--attention=sigmoid": "attention_activation must be one of softmax",
+        "--eval_interval=0": "--eval_interval must be at least 1, got 0",
+        "--save_interval=-1": "--save_interval must be at least 1, got -1",
+        "--contexts=all": "--contexts must be carried, sliding and lengths of windows",
+        "--contexts=": "--contexts must be carried, sliding and lengths of windows",
+        "--contexts=0,carried": "--contexts must be carried, sliding and lengths of windows",
+        "--sample_tokens=-1": "--sample_tokens must be 0 or more, got -1",
+        "--compile=maybe": "must be True or False, got 'maybe'",
+        "--dtype=fp8": "--dtype must be one of auto, float32, bfloat16, got 'fp8'",
+        "--device=abacus": "--device=abacus can't be used here",
+        "--device=": "--device= can't be used here",
+        "--threads=-2": "--threads must be 0 or more, got -2",
+        "--seed=-1": "--seed must be 0 or more, got -1",
+        "--seed=99999999999999999999": "--seed must be 0 or more, got 99999999999999999999",
+        "--preset=wikitext-103": "--preset must be one of wikitext-103-base, wikitext-103-large",
+        "--tokenizer=words": "--tokenizer must be one of bpe, bytes, gpt2, got 'words'",
+        "--vocab_size=3": "vocab_size must be from 257",
+        "--vocab_size=99999999": "vocab_size must be from 257",
+        "--train_split=best": "a split is train, val, test, not 'best'",
+        "--source=nowhere": "nowhere does not exist; give a text file, a zip or a folder",
+        "--source=http://127.0.0.1:9/no.zip": "http://127.0.0.1:9/no.zip could not be downloaded",
+        "--out_dir=": "--out_dir must be non-empty, got ''",
+        "--dataset=": "--dataset must be non-empty, got ''",
+        "--dataset=no_such_file.txt --source=": "no_such_file.txt does not exist",
+        "--dataset=pydocs": "pydocs has no source; give",
+        "--eval_only --out_dir=nowhere": "there is no checkpoint in nowhere",
+        "--resume --out_dir=nowhere": "there is nothing to resume: nowhere has no last.pt",
+        "--resume --n_embd=24 --beta2=0.5": "n_embd was 16, not 24; beta2 was 0.98, not 0.5",
+        "--resume --vocab_size=320": "vocab_size was 300, not 320",
+        "--resume --train_split=test": "train_split was train, not test; checksum of the text was",
+        "--eval_only --vocab_size=320": "another tokenizer than",
+    },
+    "sample": {
+        "--model nowhere": "there is no checkpoint in nowhere (nowhere has no config.json)",
+        "--model=": "there is no checkpoint in  (",
+        "--temperature=-1": "--temperature must be 0 or more, got -1",
+        "--temperature=nan": "--temperature must be 0 or more, got nan",
+        "--temperature=hot": "invalid float value: 'hot'",
+        "--top_k=0": "--top_k must be at least 1, got 0",
+        "--top_k=1.5": "invalid int value: '1.5'",
+        "--top_p=2": "--top_p must be above 0 and at most 1, got 2.0",
+        "--top_p=nan": "--top_p must be above 0 and at most 1, got nan",
+        "--max_new_tokens=-1": "--max_new_tokens must be 0 or more, got -1",
+        "--num_samples=0": "--num_samples must be at least 1, got 0",
+        "--seed=-4": "--seed must be from 0",
+        "--seed=9223372036854775808": "--seed must be from 0",
+        "--device=abacus": "--device=abacus can't be used here",
+        "--task=translate": "invalid choice: 'translate'",
+        "--task=fill-mask": "--task fill-mask needs a MegaForMaskedLM, this is a MegaForCausalLM",
+        "--promt=x": "unrecognized arguments: --promt=x",
+    },
+    "prepare": {
+        "": "the following arguments are required: dataset",
+        "nowhere.txt": "nowhere.txt does not exist",
+        "pydocs --source=x": "pydocs has no source",
+        "pydocs --tokenizer=words": "invalid choice: 'words'",
+        "pydocs --vocab_size=many": "invalid int value: 'many'",
+        "wikitext-2 --source=https://127.0.0.1:9/x": "could not be downloaded",
+    },
 }
-
-
-@pytest.mark.parametrize("flags", BAD_TRAINING)
-def test_a_wrong_training_flag_is_one_sentence_and_exit_code_2(
-    flags, corpus, data, tmp_path, capsys
-):
-    arguments = [f"--source={corpus}"] if "--dataset=no" not in flags else []
-    out = f"--out_dir={tmp_path / 'out'}"
-    assert call(train.main, *TINY, *arguments, out, *flags.split()) == 2
-    assert not (tmp_path / "out").exists()
-    error = capsys.readouterr().err
-    assert BAD_TRAINING[flags] in error and error.count("\n") == 1 and "Traceback" not in error
-
-
-BAD_SAMPLING = {
-    "--out_dir nowhere": "there is no checkpoint in nowhere (nowhere has no config.json)",
-    "--temperature=-1": "--temperature must be 0 or more, got -1",
-    "--temperature=hot": "invalid float value: 'hot'",
-    "--top_k=0": "--top_k must be at least 1",
-    "--top_p=2": "--top_p must be above 0 and at most 1",
-    "--max_new_tokens=-1": "--max_new_tokens must be 0 or more, got -1",
-    "--num_samples=0": "--num_samples must be at least 1",
-    "--seed=-4": "--seed must be from 0",
-    "--device=abacus": "--device=abacus can't be used here",
-    "--promt=x": "unrecognized arguments: --promt=x",
+WRONG_TEXTS = {
+    "empty.txt": (b"", "empty.txt is empty"),
+    "blank.txt": (b" \n\t\n ", "blank.txt is empty"),
+    "latin.txt": ("caf\xe9".encode("latin-1") * 99, "is not UTF-8: byte 0xe9 at offset 3; convert"),
+    "wide.txt": ("the model ".encode("utf-16") * 99, "is not UTF-8: byte 0xff at offset 0"),
+    "one_word.txt": (b"the", "one_word.txt has no 'val' split"),
+    "short.txt": (b"a quick brown fox\nis it\n", "give more text or shorten it"),
+    "torn.zip": (ZIP[: len(ZIP) // 2], "torn.zip is not a readable zip file"),
+    "other.zip": (zipfile_of({"a.pdf": b"%PDF"}), "other.zip is empty"),
+    "half.zip": (zipfile_of({"train.txt": b"a " * 999, "val.txt": b""}), "the val split of"),
+    "folder/a.pdf": (b"%PDF", "has no text files"),
 }
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
-def test_a_wrong_sampling_flag_is_one_sentence_and_exit_code_2(trained, capsys):
-    out, _ = trained
-    capsys.readouterr()
-    for flags, message in BAD_SAMPLING.items():
-        place = [] if "out_dir" in flags else ["--out_dir", out]
-        assert call(sample.main, "--prompt=x", *place, *flags.split()) == 2
-        captured = capsys.readouterr()
-        assert message in captured.err and captured.err.count("\n") == 1, flags
+def changed(**values):
+    return lambda old: json.dumps(json.loads(old) | values).encode()
 
 
-@pytest.mark.parametrize(("name", "content", "message"), [
-    ("config.json", b"{", "can't be read"), ("config.json", b"[]", "can't be read"),
-    ("config.json", b'{"hidden_size": 3}', "can't be read"),
-    ("model.safetensors", b"short", "can't be read"),
-    ("model.safetensors", None, "has no model.safetensors"),
-    ("tokenizer.tiktoken", b"AA== x", "damaged"), ("tokenizer_meta.json", None, "has no tokenizer"),
-])  # fmt: skip
+def state_with(**values):
+    def change(old: bytes) -> bytes:
+        content = io.BytesIO()
+        torch.save(torch.load(io.BytesIO(old), weights_only=True) | values, content)
+        return content.getvalue()
+
+    return change
+
+
+def weights_with(name, change):
+    def changing(old: bytes) -> bytes:
+        weights = safetensors.torch.load(old)
+        return safetensors.torch.save(weights | {name: change(weights[name]).contiguous()})
+
+    return changing
+
+
+EMBEDDING = "mega.embedding_layer.word_embeddings.weight"
+WRONG_FILES = [  # of out/: new content, or None, or a function of the old one
+    ("sample", CONFIG, b"{", "config.json can't be read"),
+    ("sample", CONFIG, b"[]", "can't be read"),
+    ("sample", CONFIG, b"", "can't be read"),
+    ("sample", CONFIG, None, "there is no checkpoint in"),
+    ("sample", CONFIG, changed(hidden_size=-3), "hidden_size must be an integer from 1 on, got -3"),
+    ("sample", CONFIG, changed(hidden_size="16"), "must be an integer from 1 on, got '16'"),
+    ("sample", CONFIG, changed(hidden_size=24), "hidden_size"),
+    ("sample", CONFIG, changed(vocab_size=299), "vocab_size"),
+    ("sample", CONFIG, changed(normalization_type="none"), "normalization_type must be one of"),
+    ("sample", CONFIG, changed(model_type="bert"), "of a 'bert' model, not of a mega"),
+    ("sample", CONFIG, changed(architectures=["MegaForPoems"]), "is a MegaForPoems"),
+    ("sample", CONFIG, changed(bidirectional=True), "is_decoder=True needs bidirectional=False"),
+    ("sample", WEIGHTS, b"short", "can't be read"),
+    ("sample", WEIGHTS, b"", "can't be read"),
+    ("sample", WEIGHTS, None, "has no model.safetensors"),
+    ("sample", WEIGHTS, lambda old: old[:-9], "can't be read"),
+    ("sample", WEIGHTS, weights_with(EMBEDDING, lambda x: x[:-1]), "vocab_size"),
+    ("sample", WEIGHTS, weights_with(EMBEDDING, lambda x: x * math.nan), "not finite"),
+    ("sample", "tokenizer.tiktoken", b"AA== x", "damaged"),
+    ("sample", "tokenizer.tiktoken", b"", "damaged"),
+    ("sample", "tokenizer.tiktoken", lambda old: old[:-30], "damaged (ValueError: end_of_text"),
+    ("sample", "tokenizer_meta.json", None, "has no tokenizer"),
+    ("sample", "tokenizer_meta.json", b"[1]", "damaged"),
+    ("sample", "tokenizer_meta.json", changed(pattern="("), "damaged"),
+    ("sample", "tokenizer_meta.json", changed(end_of_text="x"), "damaged"),
+    ("sample", "tokenizer_meta.json", changed(end_of_text=7), "they do not belong together"),
+    ("train --resume", "last.pt", b"nothing", "last.pt can't be read"),
+    ("train --resume", "last.pt", b"", "last.pt can't be read"),
+    ("train --resume", "last.pt", lambda old: old[: len(old) // 2], "last.pt can't be read"),
+    ("train --resume", "last.pt", None, "has a model and no last.pt, the file with weights and"),
+    ("train --resume", "last.pt", lambda old: pickled([1, 2]), "last.pt can't be read"),
+    ("train --resume", "last.pt", lambda old: pickled({"step": 3}), "without average, best, dtype"),
+    ("train --resume", "last.pt", state_with(optimizers=[]), "last.pt does not fit"),
+    ("train --resume", "last.pt", state_with(optimizers=None), "last.pt does not fit"),
+    ("train --resume", "last.pt", state_with(model={EMBEDDING: torch.zeros(2, 16)}),
+     "word_embeddings.weight was (2, 16), not (300, 16); "),
+    ("train --resume", "tokenizer.tiktoken", None, "has no tokenizer"),
+    ("train --resume", "tokenizer.tiktoken", lambda old: old.replace(b" 256\n", b" 999\n"),
+     "another tokenizer"),
+    ("train --resume", "tokenizer_meta.json", changed(end_of_text=298), "another tokenizer than"),
+    ("train --eval_only", WEIGHTS, b"short", "can't be read"),
+    ("train --resume", "../data/wikitext-2/train.bin", lambda old: old[:-2], "damaged; delete"),
+    ("train --resume", "../data/wikitext-2/val.bin", None, "damaged; delete"),
+    ("train --resume", "../data/wikitext-2/train.bin", lambda old: old[:-2] + b"\x39\x30",
+     "train.bin has the token 12345 and its vocabulary only 300; delete"),
+]  # fmt: skip
+WRONG = [(f"{script} {flags}", None, said) for script, group in WRONG_FLAGS.items()
+         for flags, said in group.items()]  # fmt: skip
+WRONG += [(f"train --source= --dataset=here/{name.split('/')[0]}", (f"here/{name}", content), said)
+          for name, (content, said) in WRONG_TEXTS.items()]  # fmt: skip
+WRONG += [(command, (f"out/{name}", content), said) for command, name, content, said in WRONG_FILES]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A folder with a WikiText, its prepared data and a tiny checkpoint."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "DATA", folder / "data")
+        patch.chdir(folder)
+        (folder / "wiki").mkdir()
+        for seed, split in enumerate(("train", "valid", "test")):
+            (folder / "wiki" / f"wiki.{split}.raw").write_text(wiki(10 * seed), encoding="utf-8")
+        assert call(train.main, *TINY, f"--source={folder / 'wiki'}") == 0
+    return folder
+
+
+def test_there_are_a_hundred_ways_to_be_wrong():
+    assert len(WRONG) >= 100
+
+
+@pytest.mark.parametrize(("command", "file", "message"), WRONG, ids=[str(w[0]) for w in WRONG])
 @pytest.mark.filterwarnings("ignore:is_decoder=False")
-def test_a_damaged_checkpoint_is_one_sentence(trained, capsys, name, content, message):
-    out, _ = trained
+def test_what_is_wrong_is_one_sentence_and_nothing_is_lost(
+    command, file, message, finished, tmp_path, capsys, monkeypatch
+):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    monkeypatch.setattr(prepare, "DATA", tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    name, *flags = command.split()
+    if file:
+        path, content = tmp_path / file[0], file[1]
+        content = content(path.read_bytes()) if callable(content) else content
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        if content is not None:
+            path.write_bytes(content)
+    before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    main = {"train": train, "sample": sample, "prepare": prepare}[name].main
+    source = f"--source={finished / 'wiki'}"
+    given = {"train": [*TINY, source], "sample": ["--prompt=x"], "prepare": []}[name]
     capsys.readouterr()
-    (out / name).unlink() if content is None else (out / name).write_bytes(content)
-    assert call(sample.main, "--prompt=x", "--out_dir", out) == 2
+    assert call(main, *given, *flags) == 2
     error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1
-
-
-def test_a_resume_with_another_model_or_tokenizer_is_refused(trained, capsys):
-    out, arguments = trained
-    for flags, message in (
-        (["--n_embd=24", "--beta2=0.5"], "n_embd was 16, not 24; beta2 was 0.98, not 0.5"),
-        (["--vocab_size=320"], "another tokenizer"),
-    ):
-        assert call(train.main, *arguments, *flags, "--resume") == 2
-        assert message in capsys.readouterr().err
-    (out / "last" / "training.pt").write_bytes(b"nothing")
-    assert call(train.main, *arguments, "--resume") == 2
-    assert "training.pt can't be read" in capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and "Traceback" not in error, error
+    assert {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()} == before
+    assert not (tmp_path / "nowhere").exists()
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(trained, capsys, monkeypatch):
     out, arguments = trained
-    before = (out / "last" / "model.safetensors").read_bytes()
+    before = (out / "last.pt").read_bytes()
     forward = MegaForCausalLM.forward
 
     def broken(self, *args, **kwargs):
@@ -2683,7 +3063,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(trained, capsy
     monkeypatch.setattr(MegaForCausalLM, "forward", broken)
     assert call(train.main, *arguments, "--resume", "--max_iters=9") == 2
     assert "step 7 has the loss nan" in capsys.readouterr().err
-    assert (out / "last" / "model.safetensors").read_bytes() == before
+    assert (out / "last.pt").read_bytes() == before
 
 
 def test_an_unwritable_out_dir_is_one_sentence(corpus, data, tmp_path, capsys):
@@ -2780,21 +3160,27 @@ def test_without_network_training_says_so_and_uses_pydocs(data, capsys, monkeypa
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for another process")
-def test_ctrl_c_saves_and_a_resume_goes_on(copied, corpus):
-    arguments = [*TINY, f"--source={corpus}", "--out_dir=stopped", "--max_iters=100000"]
+@pytest.mark.parametrize(("number", "evaluated"), [(signal.SIGINT, True), (signal.SIGTERM, False)])
+def test_ctrl_c_saves_and_a_resume_goes_on(copied, corpus, number, evaluated):
+    out = f"stopped{number}"
+    arguments = [*TINY, f"--source={corpus}", f"--out_dir={out}", "--max_iters=100000"]
+    arguments.append(f"--eval_interval={3 if evaluated else 100000}")
     command = [sys.executable, "train.py", *arguments, "--sample_tokens=0"]
+    first = "step 3:" if evaluated else "7,396 parameters"
     with subprocess.Popen(command, cwd=copied, stdout=subprocess.PIPE, text=True) as process:
-        while not process.stdout.readline().startswith("step 3:"):
+        while not process.stdout.readline().startswith(first):
             assert process.poll() is None
-        process.send_signal(signal.SIGINT)
+        time.sleep(0 if evaluated else 0.5)
+        process.send_signal(number)
         said = process.communicate(timeout=60)[0].splitlines()[-1]
-    assert process.returncode == 130
+    assert process.returncode == 128 + number
     step = int(
         re.fullmatch(r"stopped and saved at step (\d+); --resume goes on from here", said)[1]
     )
+    assert step > 0 and checkpoint_of(copied / out)["step"] == step
+    assert script(copied, "sample.py", "--out_dir", out, "--prompt=the").returncode == 0
     done = script(copied, "train.py", *arguments, "--resume", f"--max_iters={step + 2}")
     assert done.returncode == 0 and f"step {step + 2}: " in done.stdout
-    assert script(copied, "sample.py", "--out_dir=stopped", "--prompt=the").returncode == 0
 
 
 # ---------------------------------------------------------------- each head learns what it is for

@@ -3,31 +3,41 @@
     python train.py                       # WikiText-2, or offline the text that ships with Python
     python train.py --dataset=my_text.txt --max_minutes=5 --out_dir=out-mine
     python train.py --resume              # go on from the last checkpoint in out_dir
+    python train.py --eval_only           # the best checkpoint on val and test
+    torchrun --nproc_per_node=2 train.py  # several processes share each step's rows
 
-Each setting below is a flag, --name=value or --name value. In out_dir: the best checkpoint so far,
-in Hugging Face's layout with its tokenizer; last/, the last one with all that --resume needs; and
-log.csv, a row for each evaluation.
+Each setting below is a flag, --name=value or --name value. In out_dir: the best model so far in
+Hugging Face's layout with its tokenizer; last.pt, all that --resume needs; and, new at each
+evaluation, log.csv, loss.png and samples.txt.
 """
 
 import argparse
 import contextlib
 import csv
 import ctypes
+import datetime
 import difflib
 import functools
 import io
 import math
+import os
 import pickle
 import re
 import shutil
 import signal
 import sys
-import tempfile
 import time
+import zlib
 from pathlib import Path
 
+import filelock
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import swa_utils
 from tqdm import tqdm
 
 from data.prepare import (
@@ -51,8 +61,9 @@ from sample import choose_device, continue_text, load_model
 
 # files
 out_dir = "out"  # folder of the checkpoints and the log
-resume = False  # go on from out_dir/last
-eval_only = False  # evaluate out_dir's best checkpoint and stop
+resume = False  # go on from out_dir/last.pt
+eval_only = False  # evaluate out_dir's best model on val and test, and stop
+preset = ""  # wikitext-103-base or -large: other defaults, the paper's, meant for GPUs
 # data
 dataset = "wikitext-2"  # wikitext-2, wikitext-103, pydocs, or the path of a text
 source = ""  # read WikiText from this folder, zip or URL of a zip instead of downloading it
@@ -67,29 +78,36 @@ intermediate_size = 512  # V, width of the values
 nffn_hidden_size = 512  # F, width of the feed-forward network
 shared_size = 64  # Z, width of queries and keys
 ema_size = 16  # N, EMA dimensions of a channel
-chunk_size = 128  # C, attention sees this many tokens; 0: the whole context
+chunk_size = 128  # C, attention sees this many tokens; 0: block_size
 attention = "softmax"  # softmax, laplace or relu2
-dropout = 0.1  # part of a row's features that is switched off in training
+gate_bias = -2.0  # of the update gate, at first: how closed it starts
+dropout = 0.15  # part of a row's features that is switched off in training
 # optimization
+optimizer = "muon"  # muon (for the matrices of linear layers, adamw for the rest) or adamw
 batch_size = 4  # rows of a forward pass
-block_size = 256  # tokens of a row: the context in training and evaluation
-gradient_accumulation_steps = 1  # forward passes of a step
+block_size = 512  # tokens of a row: the context in training
+gradient_accumulation_steps = 1  # forward passes of a step, shared by all processes
 max_iters = 10000  # steps at most
-max_minutes = 9.0  # minutes at most, but for the last evaluation; 0: no limit, and exact resumes
-learning_rate = 3e-3  # its highest value, after the warm-up
-min_lr_fraction = 0.02  # what is left of it at the end
-warmup_fraction = 0.02  # part of the training in which it rises
+max_minutes = 8.5  # minutes of training at most; 0: no limit, and resumes that are exact
+learning_rate = 2e-3  # AdamW's highest, after the warm-up
+muon_learning_rate = 0.02  # Muon's
+min_lr_fraction = 0.02  # what is left of them at the end
+warmup_fraction = 0.02  # part of the training in which they rise
 weight_decay = 0.1  # of the matrices of linear layers
+momentum = 0.95  # of Muon
 beta1 = 0.9  # of AdamW
 beta2 = 0.98  # of AdamW
+average = 0.995  # the saved model is the weights' moving average with this decay; 0: the last ones
 grad_clip = 1.0  # the gradient's largest norm; 0: any
 # evaluation
-eval_interval = 500  # steps between evaluations and checkpoints
+eval_interval = 500  # steps between evaluations
+save_interval = 100  # steps between checkpoints; each evaluation makes one, too
+contexts = "512,carried,sliding"  # of the last evaluation: lengths of windows, or see `evaluate`
 sample_tokens = 100  # length of the sample at each evaluation; 0: none
 # machine
 device = "auto"  # cpu, cuda, cuda:1, mps; auto: cuda if there is one
-dtype = "auto"  # float32 or bfloat16 (autocast); auto: what multiplies faster
-compile = False  # torch.compile the model, where there is a compiler
+dtype = "auto"  # float32 or bfloat16 (autocast); auto: bfloat16 where it is native
+compile = False  # torch.compile the model, where that works
 threads = 0  # CPU threads; 0: torch's choice
 seed = 1337  # of the weights, the batches and the dropout
 
@@ -98,7 +116,20 @@ SETTINGS = {
     for name, value in globals().items()
     if isinstance(value, bool | int | float | str) and name.islower() and name[0] != "_"
 }
-
+# The paper trains one model on WikiText-103, the large one here, with 24 rows of 6,144 tokens a
+# step, but with a vocabulary of words; the base one has the sizes of its enwik8 model.
+PAPER = {
+    "dataset": "wikitext-103", "vocab_size": 32768, "optimizer": "adamw", "learning_rate": 5e-3,
+    "weight_decay": 0.1, "dropout": 0.3, "grad_clip": 0.25, "average": 0.0, "chunk_size": 1024,
+    "block_size": 6144, "batch_size": 1, "gradient_accumulation_steps": 24, "max_iters": 400_000,
+    "max_minutes": 0.0, "warmup_fraction": 0.06, "min_lr_fraction": 0.0, "eval_interval": 5000,
+    "save_interval": 1000, "contexts": "6144,carried,sliding",
+}  # fmt: skip
+SIZES = ("n_layer", "n_embd", "intermediate_size", "nffn_hidden_size", "shared_size")
+PRESETS = {
+    "wikitext-103-base": PAPER | dict(zip(SIZES, (12, 512, 1024, 1024, 128), strict=True)),
+    "wikitext-103-large": PAPER | dict(zip(SIZES, (16, 1024, 2048, 2048, 256), strict=True)),
+}
 
 # ---------------------------------------------------------------------------------------- settings
 
@@ -121,7 +152,7 @@ def flag_reader(default):
 
 
 def read_settings(arguments: list[str]) -> argparse.Namespace:
-    """The settings on top of this file, changed by the command line."""
+    """The settings on top of this file, changed by a preset and then by the command line."""
     comments = dict(re.findall(r"(?m)^(\w+) = .*?  # (.*)$", Path(__file__).read_text("utf-8")))
     parser = Parser(__doc__)
     for name, default in SETTINGS.items():
@@ -136,23 +167,38 @@ def read_settings(arguments: list[str]) -> argparse.Namespace:
         near = difflib.get_close_matches(name.lstrip("-").replace("-", "_"), SETTINGS, 1, 0.5)
         hint = f"did you mean --{near[0]}?" if near else "--help lists all settings"
         raise UserError(f"there is no setting {name}; {hint}")
+    if s.preset in PRESETS:
+        parser.set_defaults(**PRESETS[s.preset])
+        s = parser.parse_args(arguments)
     counts = "batch_size block_size gradient_accumulation_steps max_iters eval_interval n_layer"
+    counts += " save_interval"
     sizes = "n_embd intermediate_size nffn_hidden_size shared_size ema_size"
     amounts = "chunk_size max_minutes weight_decay grad_clip sample_tokens threads seed"
-    parts = "dropout warmup_fraction min_lr_fraction beta1 beta2"
+    parts = "dropout warmup_fraction min_lr_fraction momentum beta1 beta2 average"
     for names, rule, valid in (
         (f"{counts} {sizes}", "at least 1", lambda value: value >= 1),
         (amounts, "0 or more", lambda value: 0 <= value < 1 << 63),
-        ("learning_rate", "above 0", lambda value: 0 < value < math.inf),
+        ("gate_bias", "finite", math.isfinite),
+        ("learning_rate muon_learning_rate", "above 0", lambda value: 0 < value < math.inf),
         (parts, "0 or more and below 1", lambda value: 0 <= value < 1),
         ("out_dir dataset", "non-empty", bool),
+        ("preset", f"one of {', '.join(PRESETS)}", ["", *PRESETS].__contains__),
+        ("optimizer", "one of muon, adamw", ("muon", "adamw").__contains__),
         ("dtype", f"one of {', '.join(DTYPES)}", DTYPES.__contains__),
         ("tokenizer", f"one of {', '.join(TOKENIZERS)}", TOKENIZERS.__contains__),
+        ("contexts", CONTEXTS_RULE, lambda value: all(map(is_context, value.split(",")))),
     ):
         for name in names.split():
             if not valid(getattr(s, name)):
                 raise UserError(f"--{name} must be {rule}, got {getattr(s, name)!r}")
     return s
+
+
+CONTEXTS_RULE = "carried, sliding and lengths of windows, with commas between"
+
+
+def is_context(text: str) -> bool:
+    return text in ("carried", "sliding") or bool(re.fullmatch("[1-9][0-9]{0,8}", text))
 
 
 # ----------------------------------------------------------------------------------------- machine
@@ -175,22 +221,55 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The autocast dtype; auto: bfloat16 where its products are much faster than float32's."""
+    """The autocast dtype; auto: bfloat16 where the processor multiplies it natively."""
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    cpu = Path("/proc/cpuinfo")  # of Linux; elsewhere float32 is the safe choice
+    native = cpu.exists() and re.search(r"avx512_bf16|amx_bf16|\bbf16\b", cpu.read_text())
+    return torch.bfloat16 if native and device.type == "cpu" else torch.float32
 
-    def seconds(dtype):
-        x, times = torch.ones(768, 768, device=device, dtype=dtype), []
-        for _ in range(5):
-            start = time.perf_counter()
-            x @ x
-            times.append(time.perf_counter() - start)
-        return min(times)
 
-    much_faster = seconds(torch.bfloat16) * 1.5 < seconds(torch.float32)
-    return torch.bfloat16 if much_faster else torch.float32
+class Team:
+    """The processes that torchrun started, or this one alone. The first is the one that writes."""
+
+    def __init__(self, device: str):
+        self.rank, self.size = (int(os.environ.get(name, i)) for i, name in enumerate(TORCHRUN))
+        self.device = choose_device(device)
+        if self.size > 1:
+            if self.device.type == "cuda":
+                self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+                torch.cuda.set_device(self.device)
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            long = datetime.timedelta(hours=8)  # the others wait while the first one evaluates
+            dist.init_process_group(backend, timeout=long)
+
+    def say(self, text: str):
+        if self.rank == 0:
+            print(text, flush=True)
+
+    def share(self, *values: float) -> list[float]:
+        """The sums of numbers over all processes."""
+        if self.size == 1:
+            return [*values]
+        shared = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(shared)
+        return shared.tolist()
+
+    def first(self, work):
+        """What `work()` returns in the first process, for which the others wait."""
+        found = [work() if self.rank == 0 else None]
+        if self.size > 1:
+            dist.broadcast_object_list(found, device=self.device)
+        return found[0]
+
+    def leave(self):
+        if self.size > 1:
+            dist.destroy_process_group()
+
+
+TORCHRUN = ("RANK", "WORLD_SIZE")
 
 
 # -------------------------------------------------------------------------------------------- data
@@ -212,46 +291,59 @@ def find_data(s) -> Path:
 class Corpus:
     """The token files of a prepared dataset, as memory maps."""
 
-    def __init__(self, folder: Path, block_size: int):
-        meta = read_meta(folder)
-        self.counts, self.block_size, self.tokens = meta["splits"], block_size, {}
+    def __init__(self, folder: Path, codec: Tokenizer, block_size: int, seed: int):
+        meta, self.folder = read_meta(folder), folder
+        self.counts, self.block_size, self.seed, self.tokens = meta["splits"], block_size, seed, {}
         for split, counts in self.counts.items():
             path, dtype = folder / f"{split}.bin", np.dtype(meta["dtype"])
             if not path.exists() or path.stat().st_size != counts["tokens"] * dtype.itemsize:
                 raise UserError(f"{path} is damaged; delete {folder} and run again")
-            self.tokens[split] = np.memmap(path, dtype, "r")
+            tokens = self.tokens[split] = np.memmap(path, dtype, "r")
+            if tokens.max() >= codec.size:
+                said = f"{path} has the token {tokens.max()} and its vocabulary only {codec.size}"
+                raise UserError(f"{said}; delete {folder} and run again")
         for split, least in (("train", block_size + 1), ("val", 2)):
             if len(self.tokens[split]) < least:
                 raise UserError(
                     f"the {split} split of {folder} has {len(self.tokens[split])} tokens and "
                     f"--block_size={block_size} needs {least}; give more text or shorten it"
                 )
+        pairs = len(self.tokens["train"]) - 1
+        self.windows = max(pairs // block_size - 1, 1)  # of an epoch
+        self.spare = pairs - self.windows * block_size
+        self.orders = {}  # of this epoch and the last one
+        self.checksum = zlib.crc32(self.tokens["train"])
 
-    def batch(self, rows: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Random windows of the training split: inputs and the tokens after them, (rows, L)."""
-        tokens, length = self.tokens["train"], self.block_size
-        starts = torch.randint(len(tokens) - length, (rows,)).tolist()
-        windows = np.stack([tokens[i : i + length + 1] for i in starts]).astype(np.int64)
-        windows = torch.from_numpy(windows).to(device)
-        return windows[:, :-1], windows[:, 1:]
+    def epoch(self, number: int) -> np.ndarray:
+        """Where the windows of an epoch start: a new order, and other borders in the text."""
+        if number not in self.orders:
+            random = np.random.default_rng((self.seed, number))
+            starts = np.arange(self.windows) * self.block_size + random.integers(self.spare + 1)
+            last = {n: order for n, order in self.orders.items() if n == number - 1}
+            self.orders = {**last, number: random.permutation(starts)}
+        return self.orders[number]
 
-    def windows(self, split: str, rows: int):
-        """A whole split in order, in windows without a common target: (inputs, targets) batches."""
-        tokens, length = torch.from_numpy(self.tokens[split].astype(np.int64)), self.block_size
-        whole = (len(tokens) - 1) // length * length
-        inputs, targets = tokens[:whole].view(-1, length), tokens[1 : whole + 1].view(-1, length)
-        if whole:
-            yield from zip(inputs.split(rows), targets.split(rows), strict=True)
-        if whole < len(tokens) - 1:
-            yield tokens[whole:-1].unsqueeze(0), tokens[whole + 1 :].unsqueeze(0)
+    def rows(self, numbers: range, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Windows of the training split: inputs and the tokens after them, each (rows, L).
+
+        A row's number, counted from the start of the training, alone says which it is.
+        """
+        starts = [self.epoch(i // self.windows)[i % self.windows] for i in numbers]
+        windows = [self.tokens["train"][i : i + self.block_size + 1] for i in starts]
+        rows = torch.from_numpy(np.stack(windows).astype(np.int64))
+        if device.type == "cuda":  # so that the copy runs beside the work before it
+            rows = rows.pin_memory()
+        rows = rows.to(device, non_blocking=True)
+        return rows[:, :-1], rows[:, 1:]
 
 
 # ----------------------------------------------------------------------------- model and optimizer
 
 
-def model_config(s, codec: Tokenizer) -> MegaConfig:
+def new_model(s, codec: Tokenizer) -> MegaForCausalLM:
+    """With weights at random; `gate_bias` lets a new layer leave most of its input as it is."""
     try:
-        return MegaConfig(
+        config = MegaConfig(
             vocab_size=codec.size,
             num_hidden_layers=s.n_layer,
             hidden_size=s.n_embd,
@@ -259,8 +351,8 @@ def model_config(s, codec: Tokenizer) -> MegaConfig:
             nffn_hidden_size=s.nffn_hidden_size,
             shared_representation_size=s.shared_size,
             ema_projection_size=s.ema_size,
-            use_chunking=s.chunk_size > 0,
-            chunk_size=s.chunk_size or -1,
+            use_chunking=True,
+            chunk_size=s.chunk_size or s.block_size,
             attention_activation=s.attention,
             dropout_prob=s.dropout,
             hidden_dropout_prob=s.dropout,
@@ -279,96 +371,241 @@ def model_config(s, codec: Tokenizer) -> MegaConfig:
         )
     except ValueError as error:
         raise UserError(str(error)) from None
+    model = MegaForCausalLM(config)
+    for block in model.mega.layers:  # the update gate's are the first D of them
+        nn.init.constant_(block.mega_layer.mx_proj.bias[: s.n_embd], s.gate_bias)
+    return model
+
+
+def build_optimizers(s, model: nn.Module, device: torch.device) -> list:
+    """Muon or AdamW for the matrices of linear layers, which decay, AdamW for all else."""
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    linear = (m.weight for m in model.modules() if isinstance(m, nn.Linear))
+    matrices = [weight for weight in linear if id(weight) not in tables]  # the output is tied
+    chosen = {id(weight) for weight in matrices}
+    rest = {"params": [p for p in model.parameters() if id(p) not in chosen], "weight_decay": 0.0}
+    adamw = {"lr": s.learning_rate, "betas": (s.beta1, s.beta2), "weight_decay": s.weight_decay}
+    adamw = functools.partial(torch.optim.AdamW, **adamw, fused=device.type in ("cpu", "cuda"))
+    if s.optimizer == "adamw":
+        return [adamw([{"params": matrices}, rest])]
+    muon = {"lr": s.muon_learning_rate, "weight_decay": s.weight_decay, "momentum": s.momentum}
+    return [adamw([rest]), torch.optim.Muon(matrices, **muon)]
+
+
+def learning_rate_factor(s, progress: float) -> float:
+    """Linear warm-up and decay; `progress` is the part of the training that is done, 0 to 1."""
+    if progress < s.warmup_fraction:
+        return max(progress / s.warmup_fraction, 0.01)
+    return max((1 - progress) / (1 - s.warmup_fraction), s.min_lr_fraction)
+
+
+# -------------------------------------------------------------------------------------- evaluation
+
+
+@torch.no_grad()
+def evaluate(model: MegaForCausalLM, corpus: Corpus, split: str, context: str, autocast) -> dict:
+    """Over a whole split: nats a token, bits a byte, perplexity a word (ends of lines count).
+
+    Of the split only the first token, an end of text, is not predicted. Contexts are
+
+        "512"      windows of so many tokens, each of which starts with nothing before it;
+        "carried"  the split is one row: its moving averages are never reset, attention sees the
+                   tokens before in the same chunk;
+        "sliding"  so twice, the second time with the chunks half of their length later, and of
+                   both the loss counts where attention sees more: at least half a chunk.
+    """
+    tokens = torch.from_numpy(corpus.tokens[split].astype(np.int64))
+    training, chunk = model.training, model.config.attention_limit
+    model.eval()
+    if context in ("carried", "sliding"):
+        if chunk is None:
+            raise UserError(
+                f"--contexts={context} needs a model with chunks; give windows' lengths"
+            )
+        late = chunk // 2 if context == "sliding" else 0
+        total = nats_carried(model, tokens, chunk, 0, late, autocast)
+        if late:
+            total += nats_carried(model, tokens, chunk, chunk - late, chunk - late, autocast)
+    else:
+        total = nats_in_windows(model, tokens, int(context), autocast)
+    model.train(training)
+    return in_units(total, corpus, split)
+
+
+def in_units(nats: float, corpus: Corpus, split: str) -> dict[str, float]:
+    counts = corpus.counts[split]
+    return {
+        "loss": nats / (counts["tokens"] - 1),
+        "bits_per_byte": nats / math.log(2) / counts["bytes"],
+        "word_perplexity": math.exp(min(nats / counts["words"], 700.0)),
+    }
+
+
+EVALUATED = 8192  # tokens at once: enough to be fast
+
+
+def nats(model, inputs: Tensor, targets: Tensor, autocast, **more):
+    """The sum over targets but -100, and the cache."""
+    device = next(model.parameters()).device
+    with autocast:
+        options = {"shift_labels": False, "output_logits": False, **more}
+        out = model(inputs.to(device), labels=targets.to(device), **options)
+    count = (targets != -100).sum().item()
+    return out.loss.item() * count if count else 0.0, out.cache
+
+
+def nats_in_windows(model, tokens: Tensor, length: int, autocast) -> float:
+    """Of tokens (T), cut in windows without a common target."""
+    whole = (len(tokens) - 1) // length * length
+    inputs, targets = (t.view(-1, length) for t in (tokens[:whole], tokens[1 : whole + 1]))
+    rows = max(EVALUATED // length, 1)
+    batches = [*zip(inputs.split(rows), targets.split(rows), strict=True)] if whole else []
+    if whole < len(tokens) - 1:
+        batches.append((tokens[None, whole:-1], tokens[None, whole + 1 :]))
+    return sum(nats(model, *batch, autocast, use_cache=False)[0] for batch in batches)
+
+
+def nats_carried(model, tokens: Tensor, chunk: int, pads: int, least: int, autocast) -> float:
+    """Of tokens (T) behind pads, which move the chunks' borders; all have the past of a cache.
+
+    Only positions count that have `least` others before them in their chunk.
+    """
+    inputs = F.pad(tokens[:-1], (pads, 0)).unsqueeze(0)
+    targets = F.pad(tokens[1:], (pads, 0), value=-100).unsqueeze(0)
+    targets[:, torch.arange(targets.shape[1]) % chunk < least] = -100
+    mask = (torch.arange(inputs.shape[1]) >= pads).unsqueeze(0)
+    total, cache, length = 0.0, None, max(EVALUATED // chunk, 1) * chunk
+    for batch in zip(*(t.split(length, 1) for t in (inputs, targets, mask)), strict=True):
+        seen = batch[2].to(next(model.parameters()).device) if pads and cache is None else None
+        more = {"attention_mask": seen, "cache": cache, "use_cache": True}
+        found, cache = nats(model, *batch[:2], autocast, **more)
+        total += found
+    return total
+
+
+def report(name: str, result: dict[str, float]) -> str:
+    return f"{name}: " + " ".join(f"{key} {value:.4f}" for key, value in result.items())
+
+
+def report_all(model: MegaForCausalLM, corpus: Corpus, splits: tuple, contexts: str, autocast):
+    """Print each context's result; the last line is that of the first split and last context."""
+    for split in splits:
+        n = corpus.counts[split]
+        print(
+            f"{split}: {n['tokens'] - 1:,} tokens predicted, {n['bytes']:,} bytes, "
+            f"{n['words']:,} words, where the end of a line is one; loss in nats a token"
+        )
+        for context in contexts.split(","):
+            result = evaluate(model, corpus, split, context, autocast)
+            name = f"windows of {context} tokens" if context.isdigit() else context
+            print(report(f"{split}, {name}", result), flush=True)
+    print(report(splits[-1], result))
+
+
+# ---------------------------------------------------------------------------------------- training
+
+
+# The settings that a resumed run may change, and the parts of its last.pt.
+CHANGEABLE = {"out_dir", "source", "dataset", "resume", "eval_only", "preset"}
+CHANGEABLE |= {"max_iters", "max_minutes", "eval_interval", "save_interval", "contexts"}
+CHANGEABLE |= {"sample_tokens", "device", "dtype", "compile", "threads"}
+COUNTERS = ("step", "seconds", "best", "losses", "log")
+STATE = {*COUNTERS, "fixed", "dtype", "processes", "model", "average", "optimizers"}
 
 
 def check_same(found: dict, wanted: dict, what: str):
     """A resume goes on with what it left: the first dict's values must be the second's."""
     names = [name for name in wanted if found.get(name) != wanted[name]]
     if names:
-        differences = "; ".join(f"{n} was {found.get(n)}, not {wanted[n]}" for n in names)
+        differences = "; ".join(f"{n} was {found.get(n)}, not {wanted[n]}" for n in names[:4])
         raise UserError(f"{what} can't be resumed with other settings: {differences}")
 
 
-def build_optimizer(s, model: MegaForCausalLM, device: torch.device) -> torch.optim.Optimizer:
-    """AdamW; only the matrices of linear layers decay: no embedding, EMA, bias or norm."""
-    embedding = model.mega.embedding_layer.word_embeddings.weight
-    matrices = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)]
-    matrices = [weight for weight in matrices if weight is not embedding]
-    decaying = {id(weight) for weight in matrices}
-    rest = [p for p in model.parameters() if id(p) not in decaying]
-    groups = [{"params": matrices}, {"params": rest, "weight_decay": 0.0}]
-    settings = {"lr": s.learning_rate, "betas": (s.beta1, s.beta2), "weight_decay": s.weight_decay}
-    return torch.optim.AdamW(groups, **settings, fused=device.type in ("cpu", "cuda"))
-
-
-def learning_rate_at(s, progress: float) -> float:
-    """Linear warm-up and decay; `progress` is the part of the training that is done, 0 to 1."""
-    if progress < s.warmup_fraction:
-        return s.learning_rate * max(progress / s.warmup_fraction, 0.01)
-    return s.learning_rate * max((1 - progress) / (1 - s.warmup_fraction), s.min_lr_fraction)
-
-
-# ---------------------------------------------------------------------------------------- training
-
-
-# The settings that a resumed run may change, and the parts of its training.pt.
-CHANGEABLE = "out_dir source resume eval_only max_iters max_minutes eval_interval sample_tokens"
-CHANGEABLE = {*CHANGEABLE.split(), "device", "dtype", "compile", "threads", "dataset"}
-COUNTERS = ("step", "seconds", "tokens", "best", "rows")
-STATE = {*COUNTERS, "fixed", "dtype", "optimizer", "rng", "cuda_rng"}
+def check_tokenizer(folder: Path, codec: Tokenizer, data: Path):
+    other = load_tokenizer(data)
+    if codec != other:
+        pairs = zip(codec.ranks.items(), other.ranks.items(), strict=False)
+        found = next((f"{a} in place of {b}" for a, b in pairs if a != b), "")
+        sizes = f"{codec.size} and {other.size} tokens"
+        said = f"the checkpoint in {folder} has another tokenizer than {data}: {found or sizes}"
+        raise UserError(f"{said}; give the flags of its training, or start without --resume")
 
 
 class Training:
     """All that a training changes: what a checkpoint must hold for a resume."""
 
-    def __init__(self, s):
-        self.settings, self.out = s, Path(s.out_dir)
-        self.device = choose_device(s.device)
-        self.step, self.seconds, self.tokens, self.best, self.rows = 0, 0.0, 0, math.inf, []
-        torch.manual_seed(s.seed)
-        folder = self.find_last() if s.resume else self.out
-        state = self.read_state(folder) if s.resume else None
-        if s.resume or s.eval_only:
-            self.model, self.codec = load_model(folder)
-        data = find_data(s)
-        self.corpus, codec = Corpus(data, s.block_size), load_tokenizer(data)
+    def __init__(self, s, team: Team, make_model=None):
+        self.settings, self.out, self.team, self.device = s, Path(s.out_dir), team, team.device
+        self.last = self.out / "last.pt"
+        self.lock = filelock.FileLock(self.out / "lock")  # the system frees it when we die
+        self.step, self.seconds, self.best = 0, 0.0, math.inf
+        self.losses, self.log = [], []  # of the steps since the last evaluation; of evaluations
+        state = self.read_state() if s.resume else None
+        data = team.first(lambda: find_data(s))
+        codec = load_tokenizer(data)
+        self.corpus = Corpus(data, codec, s.block_size, s.seed)
         dtype = state["dtype"] if s.resume and s.dtype == "auto" else s.dtype
         self.dtype = choose_dtype(dtype, self.device)
-        if not (s.resume or s.eval_only):
-            self.model, self.codec = MegaForCausalLM(model_config(s, codec)), codec
-        elif self.codec != codec:
-            raise UserError(f"the checkpoint in {folder} has another tokenizer than {data}")
-        self.model.to(self.device).train()
-        self.optimizer = build_optimizer(s, self.model, self.device)
+        self.autocast = make_autocast(self.device, self.dtype)
+        torch.manual_seed(s.seed)
+        self.model, self.codec = (make_model or new_model)(s, codec).to(self.device), codec
+        self.average = None
+        if s.average:
+            self.average = swa_utils.AveragedModel(
+                self.model, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(s.average)
+            )
+        self.optimizers = build_optimizers(s, self.model, self.device)
+        self.peaks = [group["lr"] for o in self.optimizers for group in o.param_groups]
+        self.parts = self.share_rows()
         # What a resumed run must have in common with the first part.
         self.fixed = {n: v for n, v in vars(s).items() if n not in CHANGEABLE}
-        self.fixed["dataset"] = data.name
+        self.fixed |= {"dataset": data.name, "checksum of the text": self.corpus.checksum}
         if s.resume:
-            check_same(state["fixed"], self.fixed, str(folder))
-            self.load_state(state, folder)
-        self.autocast = torch.autocast(
-            self.device.type, self.dtype, enabled=self.dtype != torch.float32
-        )
-        if not s.eval_only:
+            self.load_state(state)
+        if team.rank == 0:
             self.claim_out_dir()
-        sizes = ", ".join(
-            f"{split} {n['tokens']:,} tokens" for split, n in self.corpus.counts.items()
-        )
+        self.engine = compiled(self.model, self) if s.compile else self.model
+        if team.size > 1:
+            self.engine = DistributedDataParallel(self.engine)
+        self.waiting = None  # a batch that was fetched while the device was at work
+        splits = self.corpus.counts.items()
+        sizes = ", ".join(f"{split} {n['tokens']:,} tokens" for split, n in splits)
         parameters = sum(p.numel() for p in self.model.parameters())
-        print(
+        team.say(
             f"{parameters:,} parameters on {self.device}, {dtype_name(self.dtype)}, "
-            f"{torch.get_num_threads()} threads; {sizes}",
-            flush=True,
+            f"{torch.get_num_threads()} threads{f' x {team.size}' * (team.size > 1)}; {sizes}"
         )
 
+    def share_rows(self) -> list[range]:
+        """The rows of a step that this process takes, in parts of one forward pass each."""
+        s, team = self.settings, self.team
+        self.rows = s.batch_size * s.gradient_accumulation_steps
+        if self.rows % team.size:
+            raise UserError(
+                f"a step's {self.rows} rows (--batch_size={s.batch_size} times "
+                f"--gradient_accumulation_steps={s.gradient_accumulation_steps}) can't be shared "
+                f"by {team.size} processes; make them a multiple of {team.size}"
+            )
+        mine = self.rows // team.size
+        first, stop = team.rank * mine, (team.rank + 1) * mine
+        return [range(i, min(i + s.batch_size, stop)) for i in range(first, stop, s.batch_size)]
+
+    # ------------------------------------------------------------------------------------- files
+
     def claim_out_dir(self):
-        """Make out_dir; a new run moves what an earlier one left there to out_dir/previous."""
+        """Make out_dir ours; a new run moves what an earlier one left there to out_dir/previous."""
         self.out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=self.out).close()  # an unwritable folder shows now
-        names = ("last", "last.new", "last.old", "log.csv", "config.json", "model.safetensors")
-        names += TOKENIZER_FILES
-        found = [name for name in names if (self.out / name).exists()]
-        if found and not self.settings.resume:
+        try:
+            self.lock.acquire(timeout=0)
+        except filelock.Timeout:
+            mend = "wait for its end, or choose another --out_dir"
+            raise UserError(f"another run is at work in {self.out}; {mend}") from None
+        if self.settings.resume:
+            with self.saving():
+                self.write_log()  # that of a run that was killed may be ahead of its checkpoint
+            return
+        found = [name for name in FILES if (self.out / name).exists()]
+        if found:
             previous = self.out / "previous"
             shutil.rmtree(previous, ignore_errors=True)
             previous.mkdir()
@@ -377,67 +614,90 @@ class Training:
             mend = "--resume would have gone on with it"
             print(f"the earlier run in {self.out} is now in {previous}; {mend}")
 
-    def find_last(self) -> Path:
-        """out_dir/last, or what a crash between the two renames of a save left of it."""
-        for name in ("last", "last.new", "last.old"):
-            if (self.out / name / "training.pt").exists():
-                return self.out / name
-        raise UserError(
-            f"there is nothing to resume in {self.out / 'last'}; start without --resume"
-        )
-
-    def read_state(self, folder: Path) -> dict:
+    def read_state(self) -> dict:
+        if not self.last.exists():
+            model = "a model and no " if (self.out / "model.safetensors").exists() else "no "
+            raise UserError(
+                f"there is nothing to resume: {self.out} has {model}last.pt, the file with weights "
+                "and optimizer; start without --resume"
+            )
         try:
-            state = torch.load(folder / "training.pt", weights_only=True, map_location="cpu")
+            state = torch.load(self.last, weights_only=True, map_location="cpu")
             if not STATE <= state.keys():
-                raise ValueError("parts are missing")
+                raise ValueError(f"without {', '.join(sorted(STATE - state.keys()))}")
             return state
-        except (
-            OSError,
-            EOFError,
-            ValueError,
-            AttributeError,
-            RuntimeError,
-            pickle.PickleError,
-        ) as e:
-            raise UserError(f"{folder / 'training.pt'} can't be read ({short(e)})") from None
+        except (EOFError, ValueError, AttributeError, RuntimeError, pickle.PickleError) as error:
+            raise UserError(f"{self.last} can't be read ({short(error)})") from None
 
-    def load_state(self, state: dict, folder: Path):
+    def load_state(self, state: dict):
+        check_same(state["fixed"], self.fixed, str(self.last))
+        check_tokenizer(self.out, load_tokenizer(self.out), self.corpus.folder)
         try:
-            self.optimizer.load_state_dict(state["optimizer"])
-            torch.set_rng_state(state["rng"])
-            if self.device.type == "cuda" and state["cuda_rng"] is not None:
-                torch.cuda.set_rng_state(state["cuda_rng"], self.device)
-        except (ValueError, TypeError, RuntimeError) as error:
-            raise UserError(f"{folder / 'training.pt'} does not fit ({short(error)})") from None
+            shapes = {name: tuple(value.shape) for name, value in state["model"].items()}
+            wanted = {name: tuple(value.shape) for name, value in self.model.state_dict().items()}
+            check_same(shapes, wanted, str(self.last))
+            self.model.load_state_dict(state["model"])
+            if self.average is not None:
+                self.average.load_state_dict(state["average"])
+            for o, values in zip(self.optimizers, state["optimizers"], strict=True):
+                o.load_state_dict(values)
+        except (AttributeError, KeyError, ValueError, TypeError, RuntimeError) as error:
+            raise UserError(f"{self.last} does not fit ({short(error)})") from None
         for name in COUNTERS:
             setattr(self, name, state[name])
+        if state["processes"] != self.team.size:
+            self.team.say(
+                f"note: {state['processes']} processes made {self.last}, now there are "
+                f"{self.team.size}: the rows are the same, sums and dropout may differ"
+            )
 
-    def save_model(self, folder: Path):
-        self.model.save_pretrained(folder)
-        save_tokenizer(self.codec, folder)
+    def best_model(self) -> MegaForCausalLM:
+        """The one to evaluate and save: the average of the weights, or the weights themselves."""
+        return self.model if self.average is None else self.average.module
 
-    def save_last(self):
-        """out_dir/last, made beside it, then renamed: weights and optimizer stay of one step."""
-        last, new, old = (self.out / name for name in ("last", "last.new", "last.old"))
-        shutil.rmtree(new, ignore_errors=True)
-        self.save_model(new)
+    def save(self, better: bool):
+        """The checkpoint, if there is a `better` model that first; old files stay until new ones
+        are whole. A run that is killed in between does the same again.
+        """
         state = {name: getattr(self, name) for name in COUNTERS}
         state |= {"fixed": self.fixed, "dtype": dtype_name(self.dtype)}
-        state["optimizer"] = self.optimizer.state_dict()
-        state |= {"rng": torch.get_rng_state(), "cuda_rng": None}
-        if self.device.type == "cuda":
-            state["cuda_rng"] = torch.cuda.get_rng_state(self.device)
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        write_whole(new / "training.pt", buffer.getvalue())
-        shutil.rmtree(old, ignore_errors=True)
-        if last.exists():
-            last.rename(old)
-        new.rename(last)
-        shutil.rmtree(old, ignore_errors=True)
-        if self.best == math.inf:  # not evaluated yet: the last is the best
-            self.save_model(self.out)
+        state |= {"processes": self.team.size, "model": self.model.state_dict()}
+        state["average"] = None if self.average is None else self.average.state_dict()
+        state["optimizers"] = [o.state_dict() for o in self.optimizers]
+        content = io.BytesIO()
+        torch.save(state, content)
+        with self.saving():
+            if better:
+                save_tokenizer(self.codec, self.out)
+                self.best_model().save_pretrained(self.out)
+            write_whole(self.last, content.getbuffer())
+            self.write_log()
+
+    @contextlib.contextmanager
+    def saving(self):
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"step {self.step} can't be saved in {self.out} ({short(error)}); what was saved "
+                "before is still there: mend that and go on with --resume"
+            ) from None
+
+    def write_log(self):
+        """log.csv and samples.txt, of all evaluations."""
+        if not self.log:
+            return
+        text = io.StringIO()
+        columns = [name for name in self.log[0] if name != "sample"]
+        writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.log)
+        write_whole(self.out / "log.csv", text.getvalue().encode())
+        samples = "".join(f"--- step {row['step']}\n{row['sample']}\n\n" for row in self.log)
+        write_whole(self.out / "samples.txt", samples.encode())
+        write_whole(self.out / "loss.png", draw_curves(self.log))
+
+    # -------------------------------------------------------------------------------------- steps
 
     def progress(self) -> float:
         """The part of the training that is done, by steps or minutes, whichever is further."""
@@ -445,131 +705,187 @@ class Training:
         by_time = self.seconds / 60 / s.max_minutes if s.max_minutes else 0.0
         return min(max(self.step / s.max_iters, by_time), 1.0)
 
-    def train_step(self, model) -> float:
-        """One update of the weights; the loss in nats per token."""
-        s, loss = self.settings, 0.0
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate_at(s, self.progress())
-        for _ in range(s.gradient_accumulation_steps):
-            inputs, targets = self.corpus.batch(s.batch_size, self.device)
-            with self.autocast:
-                part = model(inputs, labels=targets, shift_labels=False).loss
-            (part / s.gradient_accumulation_steps).backward()
-            loss += part.item() / s.gradient_accumulation_steps
-            self.tokens += targets.numel()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), s.grad_clip or math.inf)
-        if not (math.isfinite(loss) and math.isfinite(norm.item())):
-            found = f"step {self.step + 1} has the loss {loss} and a gradient of norm {norm.item()}"
-            raise UserError(
-                f"{found}; the checkpoints stay as they were, try a lower --learning_rate"
-            )
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.step += 1
-        return loss
+    def fetch(self, step: int, part: range) -> tuple[Tensor, Tensor]:
+        first = step * self.rows
+        return self.corpus.rows(range(first + part.start, first + part.stop), self.device)
 
-    @torch.no_grad()
-    def evaluate(self, split: str = "val") -> dict[str, float]:
-        """Over the whole split: nats a token, bits a byte, perplexity a word (ends of lines count).
+    def train_step(self, stop: bool = False) -> bool:
+        """One update of the weights; its loss, in nats a token, is the last of `losses`.
 
-        Windows of block_size tokens, each with no context before it. Of a split's tokens only the
-        first, an end of text, is not predicted.
+        Returns whether any process was told to `stop`. All chance of a step follows from the seed,
+        the step and the row, so that a resume needs no state of it, and the number of processes
+        changes nothing as long as it does not change the parts.
         """
-        nats, tokens, counts = 0.0, 0, self.corpus.counts[split]
-        self.model.eval()
-        rows = max(8192 // self.settings.block_size, 1)  # large enough to be fast
-        for inputs, targets in self.corpus.windows(split, rows):
-            inputs, targets = inputs.to(self.device), targets.to(self.device)
-            with self.autocast:
-                options = {"use_cache": False, "output_logits": False}
-                out = self.model(inputs, labels=targets, shift_labels=False, **options)
-            nats += out.loss.item() * targets.numel()
-            tokens += targets.numel()
-        self.model.train()
-        return {
-            "loss": nats / tokens,
-            "bits_per_byte": nats / math.log(2) / counts["bytes"],
-            "word_perplexity": math.exp(min(nats / counts["words"], 700.0)),
-        }
+        s, start, loss = self.settings, time.perf_counter(), 0.0
+        factor = learning_rate_factor(s, self.progress())
+        groups = [group for o in self.optimizers for group in o.param_groups]
+        for group, peak in zip(groups, self.peaks, strict=True):
+            group["lr"] = peak * factor
+        batch = self.waiting or self.fetch(self.step, self.parts[0])
+        for part, after in zip(self.parts, [*self.parts[1:], None], strict=True):
+            seed_sequence = np.random.SeedSequence((s.seed, self.step, part.start))
+            torch.manual_seed(int(seed_sequence.generate_state(1, np.uint64)[0]))
+            # The processes add up their gradients once a step, after their last part.
+            alone = self.team.size == 1 or after is None
+            with contextlib.nullcontext() if alone else self.engine.no_sync():
+                with self.autocast:
+                    found = self.engine(batch[0], labels=batch[1], shift_labels=False).loss
+                share = found * (len(part) * self.team.size / self.rows)
+                share.backward()
+            loss = loss + share.detach()
+            batch = self.fetch(self.step, after) if after else None
+        self.waiting = self.fetch(self.step + 1, self.parts[0])
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), s.grad_clip or math.inf)
+        loss, norm = loss.item(), norm.item()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise UserError(
+                f"step {self.step + 1} has the loss {loss} and a gradient of norm {norm}; the "
+                "checkpoints stay as they were, try a lower --learning_rate"
+            )
+        for o in self.optimizers:
+            o.step()
+            o.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.update_parameters(self.model)
+        self.step += 1
+        seconds = time.perf_counter() - start if self.team.rank == 0 else 0.0
+        loss, seconds, stop = self.team.share(loss / self.team.size, seconds, stop)
+        self.losses.append(loss)
+        self.seconds += seconds
+        return stop > 0
 
-    def add_row(self, train_loss: float, result: dict[str, float], tokens_per_second: float):
-        """A row of log.csv."""
+    def evaluate(self):
+        """A row of the log, with a sample, and a checkpoint; on the screen, too."""
+        if self.team.rank:
+            self.losses = []
+            return
+        s, model = self.settings, self.best_model()
+        result = evaluate(model, self.corpus, "val", "carried", self.autocast)
+        before = self.log[-1] if self.log else {"step": 0, "seconds": 0.0}
+        tokens = (self.step - before["step"]) * self.rows * s.block_size
         row = {
             "step": self.step,
-            "tokens": self.tokens,
+            "tokens": self.step * self.rows * s.block_size,
             "seconds": self.seconds,
-            "train_loss": train_loss,
+            "train_loss": float(np.mean(self.losses)),
             "val_loss": result["loss"],
             "bits_per_byte": result["bits_per_byte"],
             "word_perplexity": result["word_perplexity"],
-            "tokens_per_second": tokens_per_second,
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "tokens_per_second": tokens / max(self.seconds - float(before["seconds"]), 1e-9),
+            "learning_rate": self.optimizers[0].param_groups[0]["lr"],
         }
-        self.rows.append({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+        print(
+            f"step {self.step}: train loss {row['train_loss']:.4f}, {report('val', result)}, "
+            f"{row['tokens_per_second']:,.0f} tokens/s",
+            flush=True,
+        )
+        row = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
+        self.log.append(row | {"sample": self.sample(model)})
+        better, self.losses = result["loss"] < self.best, []
+        self.best = min(result["loss"], self.best)
+        self.save(better)
 
-    def write_log(self):
-        text = io.StringIO()
-        writer = csv.DictWriter(text, self.rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.rows)
-        write_whole(self.out / "log.csv", text.getvalue().encode())
+    def sample(self, model: MegaForCausalLM) -> str:
+        """Text that starts a document, shown as it comes."""
+        pieces = []
 
-    def print_sample(self):
+        def write(piece: str):
+            pieces.append(piece)
+            print(piece, end="", flush=True)
+
         if self.settings.sample_tokens:
             options = {"max_new_tokens": self.settings.sample_tokens, "seed": self.settings.seed}
-            write = functools.partial(print, end="", flush=True)
-            continue_text(self.model, self.codec, "", write, temperature=0.8, **options)
-            print()
+            continue_text(model, self.codec, "", write, temperature=0.8, **options)
+            print(flush=True)
+        return "".join(pieces)
 
 
-def report(result: dict[str, float]) -> str:
-    return "val: " + " ".join(f"{name} {value:.4f}" for name, value in result.items())
+FILES = ("last.pt", "log.csv", "loss.png", "samples.txt", "config.json", "model.safetensors")
+FILES += TOKENIZER_FILES
 
 
-def train(t: Training) -> dict[str, float]:
-    """The loop: steps, and from time to time an evaluation, checkpoints and a sample."""
-    s, model = t.settings, torch.compile(t.model) if t.settings.compile else t.model
-    stop = []  # Ctrl-C waits for the end of a step
+def make_autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
-    def interrupt(*_):
-        stop.append(True)
-        signal.signal(signal.SIGINT, previous)
-        print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr)
 
-    previous = signal.signal(signal.SIGINT, interrupt)
+def compiled(model: MegaForCausalLM, t: Training):
+    """The model by torch.compile, or itself where that does not work."""
+    engine = torch.compile(model)
+    try:
+        inputs, targets = t.fetch(0, t.parts[0])
+        with t.autocast:
+            engine(inputs, labels=targets, shift_labels=False).loss.backward()
+    except (RuntimeError, OSError, ImportError, AssertionError, TypeError) as error:
+        t.team.say(f"note: this goes on without --compile, which fails here ({short(error)})")
+        engine = model
+    model.zero_grad(set_to_none=True)
+    return engine
+
+
+def draw_curves(log: list[dict]) -> bytes:
+    """A picture of the log: losses, speed and learning rate over the tokens read."""
+    from matplotlib.figure import Figure  # a slow import, only where it is needed
+
+    names = [("train_loss", "val_loss"), ("tokens_per_second",), ("learning_rate",)]
+    labels = ("loss (nats a token)", "tokens a second", "learning rate")
+    figure = Figure(figsize=(7, 7), layout="constrained")
+    axes = figure.subplots(3, sharex=True, height_ratios=(3, 1, 1))
+    tokens = [row["tokens"] for row in log]
+    for ax, columns, label in zip(axes, names, labels, strict=True):
+        for name in columns:
+            ax.plot(tokens, [float(row[name]) for row in log], ".-", label=name)
+        ax.set_ylabel(label)
+        ax.grid(alpha=0.3)
+    axes[0].legend()
+    axes[-1].set_xlabel("tokens read in training")
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=100)
+    return content.getvalue()
+
+
+def train(t: Training):
+    """The loop: steps, and from time to time an evaluation and checkpoints."""
+    s, leads, stop = t.settings, t.team.rank == 0, []
+
+    def interrupt(number, _):  # waits for the end of a step
+        stop.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        t.team.say("\nstopping after this step; Ctrl-C again stops at once")
+
+    old = [(number, signal.signal(number, interrupt)) for number in (signal.SIGINT, signal.SIGTERM)]
     form = "{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
-    bar = tqdm(total=1.0, initial=t.progress(), bar_format=form, leave=False, disable=None)
-    start, losses, tokens, seconds = time.time() - t.seconds, [], t.tokens, t.seconds
-    result = t.evaluate() if t.progress() == 1 else None
-    while t.progress() < 1:
-        losses.append(t.train_step(model))
-        t.seconds = time.time() - start
-        speed = (t.tokens - tokens) / max(t.seconds - seconds, 1e-9)
-        bar.set_postfix_str(f"step {t.step}, loss {losses[-1]:.3f}, {speed:,.0f} tokens/s")
-        bar.update(t.progress() - bar.n)
-        if stop:
-            t.save_last()
-            bar.close()
-            print(f"stopped and saved at step {t.step}; --resume goes on from here")
-            sys.exit(130)
-        if t.step % s.eval_interval == 0 or t.progress() == 1:
-            result, train_loss = t.evaluate(), float(np.mean(losses))
-            better = result["loss"] < t.best
-            t.best = min(result["loss"], t.best)
-            t.add_row(train_loss, result, speed)
-            t.seconds = time.time() - start
-            t.save_last()
-            if better:
-                t.save_model(t.out)
-            t.write_log()
-            bar.clear()
-            line = f"step {t.step}: train loss {train_loss:.4f}, {report(result)}"
-            print(f"{line}, {speed:,.0f} tokens/s", flush=True)
-            t.print_sample()
-            losses, tokens, seconds = [], t.tokens, t.seconds
-    bar.close()
-    signal.signal(signal.SIGINT, previous)
-    return result
+    shown = {"bar_format": form, "leave": False, "disable": None if leads else True}
+    with tqdm(total=1.0, initial=t.progress(), **shown) as bar:
+        if leads and not t.step:
+            t.save(better=True)  # from here on the run can be resumed
+        while t.progress() < 1:
+            before = t.seconds
+            stopped = t.train_step(bool(stop))
+            speed = t.rows * s.block_size / max(t.seconds - before, 1e-9)
+            bar.set_postfix_str(f"step {t.step}, loss {t.losses[-1]:.3f}, {speed:,.0f} tokens/s")
+            bar.update(t.progress() - bar.n)
+            if t.step % s.eval_interval == 0 or t.progress() == 1:
+                bar.clear()
+                t.evaluate()
+            elif leads and (stopped or t.step % s.save_interval == 0):
+                t.save(better=not t.log)
+            if stopped:
+                bar.clear()
+                t.team.say(f"stopped and saved at step {t.step}; --resume goes on from here")
+                sys.exit(128 + (stop or [signal.SIGINT])[0])
+    for number, handler in old:
+        signal.signal(number, handler)
+
+
+def evaluate_best(s, team: Team, splits: tuple[str, ...]):
+    """Print the results of out_dir's best model in all contexts."""
+    model, codec = load_model(s.out_dir)
+    data = find_data(s)
+    check_tokenizer(s.out_dir, codec, data)
+    corpus = Corpus(data, load_tokenizer(data), s.block_size, s.seed)
+    autocast = make_autocast(team.device, choose_dtype(s.dtype, team.device))
+    found = [split for split in splits if split in corpus.counts]
+    report_all(model.to(team.device), corpus, found, s.contexts, autocast)
 
 
 def main():
@@ -577,9 +893,22 @@ def main():
     keep_big_blocks()
     if s.threads:
         torch.set_num_threads(s.threads)
-    t = Training(s)
-    result = t.evaluate() if s.eval_only else train(t)
-    print(report(result))
+    team = Team(s.device)
+    try:
+        if not s.eval_only:
+            t = Training(s, team)
+            try:
+                train(t)
+            finally:
+                t.lock.release()
+        if team.rank == 0:
+            evaluate_best(s, team, ("test", "val") if s.eval_only else ("val",))
+    except UserError:
+        if team.rank:
+            sys.exit(2)  # one sentence is enough
+        raise
+    finally:
+        team.leave()
 
 
 if __name__ == "__main__":

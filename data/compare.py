@@ -30,10 +30,16 @@ def build_theirs(**changes) -> torch.nn.Module:
     return transformers.MegaForCausalLM(transformers.MegaConfig(**MODEL | changes))
 
 
-def build_nanogpt(path: str, length: int) -> torch.nn.Module:
-    spec = importlib.util.spec_from_file_location("nanogpt", path)
+def load_file(path: str):
+    """The module in a Python file."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def build_nanogpt(path: str, length: int) -> torch.nn.Module:
+    module = load_file(path)
     sizes = {"n_embd": MODEL["hidden_size"], "n_layer": MODEL["num_hidden_layers"], "n_head": 4}
     vocabulary = {"vocab_size": MODEL["vocab_size"], "block_size": length}
     return module.GPT(module.GPTConfig(dropout=0.0, **sizes, **vocabulary))

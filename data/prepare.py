@@ -193,6 +193,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         meta = json.loads((folder / "tokenizer_meta.json").read_bytes())
         rows = [line.split() for line in (folder / "tokenizer.tiktoken").read_bytes().splitlines()]
         ranks = {base64.b64decode(token): int(rank) for token, rank in rows}
+        if not 0 <= meta["end_of_text"] <= len(ranks):
+            raise ValueError(f"end_of_text is {meta['end_of_text']}")
         return Tokenizer(ranks, meta["pattern"], meta["end_of_text"])
     except FileNotFoundError as error:
         raise UserError(f"{folder} has no tokenizer: {error.filename} is missing") from None
