@@ -3134,6 +3134,61 @@ def test_the_comparison_runs(monkeypatch, capsys, transformers):
     assert len(lines) == 2 * 3 + 1 and all(", transformers " in line for line in lines)
 
 
+NANOGPT = """
+from dataclasses import dataclass
+import torch
+from torch import nn
+
+@dataclass
+class GPTConfig:
+    block_size: int
+    vocab_size: int
+    n_layer: int
+    n_head: int
+    n_embd: int
+    dropout: float
+    bias: bool
+
+class GPT(nn.Module):  # as nanoGPT's is called; its past is the mean of all earlier tokens
+    def __init__(self, config):
+        super().__init__()
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head.weight = self.wte.weight
+        self.mix = nn.Linear(config.n_embd, config.n_embd, bias=False)
+
+    def forward(self, idx, targets):
+        x = self.mix(self.wte(idx).cumsum(1))
+        logits = self.lm_head(x)
+        return logits, nn.functional.cross_entropy(
+            logits.view(-1, logits.size(-1)), targets.view(-1), ignore_index=-1)
+"""
+
+
+def test_learning_beside_nanogpt_runs_and_its_windows_overlap(corpus, data, tmp_path, capsys):
+    from data import learn
+
+    (tmp_path / "model.py").write_text(NANOGPT)
+    flags = [*TINY, f"--source={corpus}", f"--nanogpt={tmp_path / 'model.py'}"]
+    assert call(learn.main, *flags, "--nanogpt_dropout=0.3") == 0
+    said = capsys.readouterr().out.splitlines()
+    names = [re.split(r"[,:]", line)[0 if i % 3 == 0 else 1] for i, line in enumerate(said[:4])]
+    assert names[::3] == ["MEGA", "nanoGPT"] or said[0].startswith("MEGA")
+    assert sum("bits_per_byte" in line for line in said) == 5 and "dropout=0.3" in said[4]
+    s = train.read_settings([*TINY, "--block_size=6"])
+    model = learn.NanoGPT(tmp_path / "model.py", s, prepare.new_tokenizer("bytes", 0, [])).double()
+    ids = token_ids(0, 1, 23, 256)[0]
+    expected = 0.0
+    for i in range(1, len(ids)):  # a token sees from its window's start on: 3 to 5 before it
+        start = max((i - 1) // 3 - 1, 0) * 3
+        past = ids[None, start:i]
+        logits = model.gpt(past, torch.zeros_like(past))[0][0, -1]
+        expected -= logits.log_softmax(-1)[ids[i]].item()
+    autocast = train.make_autocast(torch.device("cpu"), torch.float32)
+    found = learn.nats_in_overlapping_windows(model, ids, 6, autocast)
+    assert found == pytest.approx(expected, rel=1e-9)
+
+
 def test_the_scripts_work_from_end_to_end(copied, corpus, server):
     for source in (corpus, server.url("good.zip")):
         done = script(copied, "train.py", *TINY, f"--source={source}")

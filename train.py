@@ -487,8 +487,8 @@ def report(name: str, result: dict[str, float]) -> str:
     return f"{name}: " + " ".join(f"{key} {value:.4f}" for key, value in result.items())
 
 
-def report_all(model: MegaForCausalLM, corpus: Corpus, splits: tuple, contexts: str, autocast):
-    """Print each context's result; the last line is that of the first split and last context."""
+def report_all(model: MegaForCausalLM, corpus: Corpus, splits: list, contexts: str, autocast):
+    """Print each context's result; the last line is that of the last split and context again."""
     for split in splits:
         n = corpus.counts[split]
         print(
@@ -601,8 +601,7 @@ class Training:
             mend = "wait for its end, or choose another --out_dir"
             raise UserError(f"another run is at work in {self.out}; {mend}") from None
         if self.settings.resume:
-            with self.saving():
-                self.write_log()  # that of a run that was killed may be ahead of its checkpoint
+            self.write_log()  # that of a run that was killed may be ahead of its checkpoint
             return
         found = [name for name in FILES if (self.out / name).exists()]
         if found:
@@ -671,7 +670,6 @@ class Training:
                 save_tokenizer(self.codec, self.out)
                 self.best_model().save_pretrained(self.out)
             write_whole(self.last, content.getbuffer())
-            self.write_log()
 
     @contextlib.contextmanager
     def saving(self):
@@ -684,7 +682,7 @@ class Training:
             ) from None
 
     def write_log(self):
-        """log.csv and samples.txt, of all evaluations."""
+        """log.csv, samples.txt and loss.png, of all evaluations."""
         if not self.log:
             return
         text = io.StringIO()
@@ -692,10 +690,11 @@ class Training:
         writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.log)
-        write_whole(self.out / "log.csv", text.getvalue().encode())
         samples = "".join(f"--- step {row['step']}\n{row['sample']}\n\n" for row in self.log)
-        write_whole(self.out / "samples.txt", samples.encode())
-        write_whole(self.out / "loss.png", draw_curves(self.log))
+        with self.saving():
+            write_whole(self.out / "log.csv", text.getvalue().encode())
+            write_whole(self.out / "samples.txt", samples.encode())
+            write_whole(self.out / "loss.png", draw_curves(self.log))
 
     # -------------------------------------------------------------------------------------- steps
 
@@ -730,9 +729,9 @@ class Training:
             with contextlib.nullcontext() if alone else self.engine.no_sync():
                 with self.autocast:
                     found = self.engine(batch[0], labels=batch[1], shift_labels=False).loss
-                share = found * (len(part) * self.team.size / self.rows)
-                share.backward()
-            loss = loss + share.detach()
+                found = found * (len(part) * self.team.size / self.rows)
+                found.backward()
+            loss = loss + found.detach()
             batch = self.fetch(self.step, after) if after else None
         self.waiting = self.fetch(self.step + 1, self.parts[0])
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), s.grad_clip or math.inf)
@@ -784,6 +783,7 @@ class Training:
         better, self.losses = result["loss"] < self.best, []
         self.best = min(result["loss"], self.best)
         self.save(better)
+        self.write_log()
 
     def sample(self, model: MegaForCausalLM) -> str:
         """Text that starts a document, shown as it comes."""
@@ -877,15 +877,15 @@ def train(t: Training):
         signal.signal(number, handler)
 
 
-def evaluate_best(s, team: Team, splits: tuple[str, ...]):
-    """Print the results of out_dir's best model in all contexts."""
+def evaluate_only(s, team: Team):
+    """Print the results of out_dir's best model on all splits that were not trained on."""
     model, codec = load_model(s.out_dir)
     data = find_data(s)
-    check_tokenizer(s.out_dir, codec, data)
-    corpus = Corpus(data, load_tokenizer(data), s.block_size, s.seed)
+    check_tokenizer(Path(s.out_dir), codec, data)
+    corpus = Corpus(data, codec, s.block_size, s.seed)
     autocast = make_autocast(team.device, choose_dtype(s.dtype, team.device))
-    found = [split for split in splits if split in corpus.counts]
-    report_all(model.to(team.device), corpus, found, s.contexts, autocast)
+    splits = [split for split in ("test", "val") if split in corpus.counts]
+    report_all(model.to(team.device), corpus, splits, s.contexts, autocast)
 
 
 def main():
@@ -895,14 +895,18 @@ def main():
         torch.set_num_threads(s.threads)
     team = Team(s.device)
     try:
-        if not s.eval_only:
-            t = Training(s, team)
-            try:
-                train(t)
-            finally:
-                t.lock.release()
-        if team.rank == 0:
-            evaluate_best(s, team, ("test", "val") if s.eval_only else ("val",))
+        if s.eval_only:
+            if team.rank == 0:
+                evaluate_only(s, team)
+            return
+        t = Training(s, team)
+        try:
+            train(t)
+            if team.rank == 0:
+                model, _ = load_model(s.out_dir)
+                report_all(model.to(t.device), t.corpus, ["val"], s.contexts, t.autocast)
+        finally:
+            t.lock.release()
     except UserError:
         if team.rank:
             sys.exit(2)  # one sentence is enough
