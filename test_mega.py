@@ -2490,6 +2490,17 @@ def test_a_resumed_run_equals_one_that_never_stopped(corpus, data, tmp_path, dty
     assert files[0] == files[1]
 
 
+def test_each_part_of_each_step_has_chance_of_its_own(corpus, data, tmp_path):
+    flags = [*TINY, f"--source={corpus}", "--gradient_accumulation_steps=3"]
+    seen = []
+    for seed in (1, 2):
+        run = training(*flags, f"--seed={seed}", f"--out_dir={tmp_path / str(seed)}")
+        run.model.register_forward_pre_hook(lambda *_: seen.append(torch.initial_seed()))
+        for _ in range(3):
+            run.train_step()
+    assert len(set(seen)) == len(seen) == 2 * 3 * 3
+
+
 @pytest.mark.parametrize("dropout", [0, 0.2])
 def test_gradient_accumulation_equals_one_large_batch(corpus, data, tmp_path, dropout):
     def stepped(out, rows, times):
@@ -2684,7 +2695,8 @@ def test_the_learning_rate_rises_and_falls_linearly():
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_weight_decay_is_for_matrices_of_linear_layers_only(corpus, data, tmp_path, optimizer):
     flags = [f"--source={corpus}", f"--out_dir={tmp_path}", f"--optimizer={optimizer}"]
-    run = training(*TINY, *flags, "--learning_rate=0.5", "--muon_learning_rate=0.25")
+    rates = ("--learning_rate=0.5", "--muon_learning_rate=0.25", "--ema_learning_rate=0.125")
+    run = training(*TINY, *flags, *rates)
     names = {id(p): name for name, p in run.model.named_parameters()}
     decaying, rest, rates = [], [], {}
     for found in run.optimizers:
@@ -2701,7 +2713,8 @@ def test_weight_decay_is_for_matrices_of_linear_layers_only(corpus, data, tmp_pa
         "fc2",
     }
     assert sorted(decaying + rest) == sorted(names.values())
-    assert {rates[name] for name in rest} == {0.5}
+    assert {n: rates[n] for n in rest} == {n: 0.125 if "ema_gate" in n else 0.5 for n in rest}
+    assert len({rates[name] for name in rest}) == 2
     assert {rates[name] for name in decaying} == {0.25 if optimizer == "muon" else 0.5}
 
 
@@ -2977,7 +2990,7 @@ WRONG_FILES = [  # of out/: new content, or None, or a function of the old one
     ("train --resume", "last.pt", lambda old: old[: len(old) // 2], "last.pt can't be read"),
     ("train --resume", "last.pt", None, "has a model and no last.pt, the file with weights and"),
     ("train --resume", "last.pt", lambda old: pickled([1, 2]), "last.pt can't be read"),
-    ("train --resume", "last.pt", lambda old: pickled({"step": 3}), "without average, best, dtype"),
+    ("train --resume", "last.pt", lambda old: pickled({"step": 3}), "without best, dtype, fixed"),
     ("train --resume", "last.pt", state_with(optimizers=[]), "last.pt does not fit"),
     ("train --resume", "last.pt", state_with(optimizers=None), "last.pt does not fit"),
     ("train --resume", "last.pt", state_with(model={EMBEDDING: torch.zeros(2, 16)}),

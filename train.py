@@ -37,7 +37,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import swa_utils
 from tqdm import tqdm
 
 from data.prepare import (
@@ -56,7 +55,7 @@ from data.prepare import (
     short,
     write_whole,
 )
-from mega import MegaConfig, MegaForCausalLM
+from mega import DampedEMA, MegaConfig, MegaForCausalLM
 from sample import choose_device, continue_text, load_model
 
 # files
@@ -81,7 +80,7 @@ ema_size = 16  # N, EMA dimensions of a channel
 chunk_size = 128  # C, attention sees this many tokens; 0: block_size
 attention = "softmax"  # softmax, laplace or relu2
 gate_bias = -2.0  # of the update gate, at first: how closed it starts
-dropout = 0.15  # part of a row's features that is switched off in training
+dropout = 0.1  # part of a row's features that is switched off in training
 # optimization
 optimizer = "muon"  # muon (for the matrices of linear layers, adamw for the rest) or adamw
 batch_size = 4  # rows of a forward pass
@@ -90,6 +89,7 @@ gradient_accumulation_steps = 1  # forward passes of a step, shared by all proce
 max_iters = 10000  # steps at most
 max_minutes = 8.5  # minutes of training at most; 0: no limit, and resumes that are exact
 learning_rate = 2e-3  # AdamW's highest, after the warm-up
+ema_learning_rate = 2e-3  # AdamW's for the parameters of moving averages
 muon_learning_rate = 0.02  # Muon's
 min_lr_fraction = 0.02  # what is left of them at the end
 warmup_fraction = 0.02  # part of the training in which they rise
@@ -97,7 +97,6 @@ weight_decay = 0.1  # of the matrices of linear layers
 momentum = 0.95  # of Muon
 beta1 = 0.9  # of AdamW
 beta2 = 0.98  # of AdamW
-average = 0.995  # the saved model is the weights' moving average with this decay; 0: the last ones
 grad_clip = 1.0  # the gradient's largest norm; 0: any
 # evaluation
 eval_interval = 500  # steps between evaluations
@@ -120,10 +119,11 @@ SETTINGS = {
 # step, but with a vocabulary of words; the base one has the sizes of its enwik8 model.
 PAPER = {
     "dataset": "wikitext-103", "vocab_size": 32768, "optimizer": "adamw", "learning_rate": 5e-3,
-    "weight_decay": 0.1, "dropout": 0.3, "grad_clip": 0.25, "average": 0.0, "chunk_size": 1024,
-    "block_size": 6144, "batch_size": 1, "gradient_accumulation_steps": 24, "max_iters": 400_000,
-    "max_minutes": 0.0, "warmup_fraction": 0.06, "min_lr_fraction": 0.0, "eval_interval": 5000,
-    "save_interval": 1000, "contexts": "6144,carried,sliding",
+    "ema_learning_rate": 5e-3, "weight_decay": 0.1, "dropout": 0.3, "gate_bias": 0.0,
+    "grad_clip": 0.25, "chunk_size": 1024, "block_size": 6144, "batch_size": 1,
+    "gradient_accumulation_steps": 24, "max_iters": 400_000, "max_minutes": 0.0,
+    "warmup_fraction": 0.06, "min_lr_fraction": 0.0, "eval_interval": 5000, "save_interval": 1000,
+    "contexts": "6144,carried,sliding",
 }  # fmt: skip
 SIZES = ("n_layer", "n_embd", "intermediate_size", "nffn_hidden_size", "shared_size")
 PRESETS = {
@@ -174,12 +174,13 @@ def read_settings(arguments: list[str]) -> argparse.Namespace:
     counts += " save_interval"
     sizes = "n_embd intermediate_size nffn_hidden_size shared_size ema_size"
     amounts = "chunk_size max_minutes weight_decay grad_clip sample_tokens threads seed"
-    parts = "dropout warmup_fraction min_lr_fraction momentum beta1 beta2 average"
+    rates = "learning_rate ema_learning_rate muon_learning_rate"
+    parts = "dropout warmup_fraction min_lr_fraction momentum beta1 beta2"
     for names, rule, valid in (
         (f"{counts} {sizes}", "at least 1", lambda value: value >= 1),
         (amounts, "0 or more", lambda value: 0 <= value < 1 << 63),
         ("gate_bias", "finite", math.isfinite),
-        ("learning_rate muon_learning_rate", "above 0", lambda value: 0 < value < math.inf),
+        (rates, "above 0", lambda value: 0 < value < math.inf),
         (parts, "0 or more and below 1", lambda value: 0 <= value < 1),
         ("out_dir dataset", "non-empty", bool),
         ("preset", f"one of {', '.join(PRESETS)}", ["", *PRESETS].__contains__),
@@ -378,18 +379,24 @@ def new_model(s, codec: Tokenizer) -> MegaForCausalLM:
 
 
 def build_optimizers(s, model: nn.Module, device: torch.device) -> list:
-    """Muon or AdamW for the matrices of linear layers, which decay, AdamW for all else."""
+    """Muon or AdamW for the matrices of linear layers, which decay, AdamW for all else.
+
+    The moving averages have a learning rate of their own.
+    """
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     linear = (m.weight for m in model.modules() if isinstance(m, nn.Linear))
     matrices = [weight for weight in linear if id(weight) not in tables]  # the output is tied
-    chosen = {id(weight) for weight in matrices}
-    rest = {"params": [p for p in model.parameters() if id(p) not in chosen], "weight_decay": 0.0}
+    ema = [p for m in model.modules() if isinstance(m, DampedEMA) for p in m.parameters()]
+    chosen = {id(p) for p in (*matrices, *ema)}
+    rest = [p for p in model.parameters() if id(p) not in chosen]
+    rest = [{"params": rest}, {"params": ema, "lr": s.ema_learning_rate}]
+    rest = [group | {"weight_decay": 0.0} for group in rest]
     adamw = {"lr": s.learning_rate, "betas": (s.beta1, s.beta2), "weight_decay": s.weight_decay}
     adamw = functools.partial(torch.optim.AdamW, **adamw, fused=device.type in ("cpu", "cuda"))
     if s.optimizer == "adamw":
-        return [adamw([{"params": matrices}, rest])]
+        return [adamw([{"params": matrices}, *rest])]
     muon = {"lr": s.muon_learning_rate, "weight_decay": s.weight_decay, "momentum": s.momentum}
-    return [adamw([rest]), torch.optim.Muon(matrices, **muon)]
+    return [adamw(rest), torch.optim.Muon(matrices, **muon)]
 
 
 def learning_rate_factor(s, progress: float) -> float:
@@ -510,7 +517,8 @@ CHANGEABLE = {"out_dir", "source", "dataset", "resume", "eval_only", "preset"}
 CHANGEABLE |= {"max_iters", "max_minutes", "eval_interval", "save_interval", "contexts"}
 CHANGEABLE |= {"sample_tokens", "device", "dtype", "compile", "threads"}
 COUNTERS = ("step", "seconds", "best", "losses", "log")
-STATE = {*COUNTERS, "fixed", "dtype", "processes", "model", "average", "optimizers"}
+READING_FAILS = (OSError, EOFError, ValueError, AttributeError, RuntimeError, pickle.PickleError)
+STATE = {*COUNTERS, "fixed", "dtype", "processes", "model", "optimizers"}
 
 
 def check_same(found: dict, wanted: dict, what: str):
@@ -549,11 +557,6 @@ class Training:
         self.autocast = make_autocast(self.device, self.dtype)
         torch.manual_seed(s.seed)
         self.model, self.codec = (make_model or new_model)(s, codec).to(self.device), codec
-        self.average = None
-        if s.average:
-            self.average = swa_utils.AveragedModel(
-                self.model, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(s.average)
-            )
         self.optimizers = build_optimizers(s, self.model, self.device)
         self.peaks = [group["lr"] for o in self.optimizers for group in o.param_groups]
         self.parts = self.share_rows()
@@ -625,7 +628,7 @@ class Training:
             if not STATE <= state.keys():
                 raise ValueError(f"without {', '.join(sorted(STATE - state.keys()))}")
             return state
-        except (EOFError, ValueError, AttributeError, RuntimeError, pickle.PickleError) as error:
+        except READING_FAILS as error:
             raise UserError(f"{self.last} can't be read ({short(error)})") from None
 
     def load_state(self, state: dict):
@@ -636,8 +639,6 @@ class Training:
             wanted = {name: tuple(value.shape) for name, value in self.model.state_dict().items()}
             check_same(shapes, wanted, str(self.last))
             self.model.load_state_dict(state["model"])
-            if self.average is not None:
-                self.average.load_state_dict(state["average"])
             for o, values in zip(self.optimizers, state["optimizers"], strict=True):
                 o.load_state_dict(values)
         except (AttributeError, KeyError, ValueError, TypeError, RuntimeError) as error:
@@ -650,10 +651,6 @@ class Training:
                 f"{self.team.size}: the rows are the same, sums and dropout may differ"
             )
 
-    def best_model(self) -> MegaForCausalLM:
-        """The one to evaluate and save: the average of the weights, or the weights themselves."""
-        return self.model if self.average is None else self.average.module
-
     def save(self, better: bool):
         """The checkpoint, if there is a `better` model that first; old files stay until new ones
         are whole. A run that is killed in between does the same again.
@@ -661,14 +658,13 @@ class Training:
         state = {name: getattr(self, name) for name in COUNTERS}
         state |= {"fixed": self.fixed, "dtype": dtype_name(self.dtype)}
         state |= {"processes": self.team.size, "model": self.model.state_dict()}
-        state["average"] = None if self.average is None else self.average.state_dict()
         state["optimizers"] = [o.state_dict() for o in self.optimizers]
         content = io.BytesIO()
         torch.save(state, content)
         with self.saving():
             if better:
                 save_tokenizer(self.codec, self.out)
-                self.best_model().save_pretrained(self.out)
+                self.model.save_pretrained(self.out)
             write_whole(self.last, content.getbuffer())
 
     @contextlib.contextmanager
@@ -744,8 +740,6 @@ class Training:
         for o in self.optimizers:
             o.step()
             o.zero_grad(set_to_none=True)
-        if self.average is not None:
-            self.average.update_parameters(self.model)
         self.step += 1
         seconds = time.perf_counter() - start if self.team.rank == 0 else 0.0
         loss, seconds, stop = self.team.share(loss / self.team.size, seconds, stop)
@@ -758,8 +752,8 @@ class Training:
         if self.team.rank:
             self.losses = []
             return
-        s, model = self.settings, self.best_model()
-        result = evaluate(model, self.corpus, "val", "carried", self.autocast)
+        s = self.settings
+        result = evaluate(self.model, self.corpus, "val", "carried", self.autocast)
         before = self.log[-1] if self.log else {"step": 0, "seconds": 0.0}
         tokens = (self.step - before["step"]) * self.rows * s.block_size
         row = {
@@ -779,13 +773,13 @@ class Training:
             flush=True,
         )
         row = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
-        self.log.append(row | {"sample": self.sample(model)})
+        self.log.append(row | {"sample": self.sample()})
         better, self.losses = result["loss"] < self.best, []
         self.best = min(result["loss"], self.best)
         self.save(better)
         self.write_log()
 
-    def sample(self, model: MegaForCausalLM) -> str:
+    def sample(self) -> str:
         """Text that starts a document, shown as it comes."""
         pieces = []
 
@@ -795,7 +789,7 @@ class Training:
 
         if self.settings.sample_tokens:
             options = {"max_new_tokens": self.settings.sample_tokens, "seed": self.settings.seed}
-            continue_text(model, self.codec, "", write, temperature=0.8, **options)
+            continue_text(self.model, self.codec, "", write, temperature=0.8, **options)
             print(flush=True)
         return "".join(pieces)
 

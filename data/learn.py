@@ -61,7 +61,7 @@ def learn(s, path: str | None):
                 with torch.enable_grad():
                     t.train_step()
                 bar.update(t.progress() - bar.n)
-    model, length = t.best_model().eval(), s.block_size
+    model, length = t.model.eval(), s.block_size
     tokens = torch.from_numpy(t.corpus.tokens["val"].astype(np.int64))
     nats = train.nats_in_windows(model, tokens, length, t.autocast)
     found = {f"windows of {length}": train.in_units(nats, t.corpus, "val")}
