@@ -2377,6 +2377,8 @@ def test_training_writes_checkpoints_log_and_last_line(trained, capsys):
     pattern = r"val: loss (\d+\.\d+) bits_per_byte \d+\.\d+ word_perplexity \d+\.\d+"
     assert float(re.fullmatch(pattern, lines[-1])[1]) == pytest.approx(best, abs=1e-4)
     counts = prepare.read_meta(out.parent / "data" / "wikitext-2")["splits"]["val"]
+    assert call(train.main, *arguments, "--eval_only", "--contexts=9", "--val_split=test") == 0
+    assert capsys.readouterr().out.count("tokens predicted") == 1  # the test split is val now
     assert f"{counts['tokens'] - 1:,} tokens predicted, {counts['bytes']:,} bytes" in lines[2]
 
 
@@ -2604,6 +2606,30 @@ def test_a_run_killed_at_any_moment_goes_on_as_if_it_had_not_been(copied, corpus
         assert (killed / name).read_bytes() == (copied / "unbroken" / name).read_bytes()
 
 
+@pytest.mark.parametrize(("ends", "saved"), [(0, 0), (3, 2)])
+def test_a_run_that_ends_before_its_first_evaluation_has_saved(
+    corpus, data, tmp_path, capsys, monkeypatch, ends, saved
+):
+    step, out = train.Training.train_step, tmp_path / "out"
+
+    def ending(self, stop):
+        if self.step == ends:
+            raise KeyboardInterrupt
+        return step(self, stop)
+
+    flags = [*TINY, f"--source={corpus}", f"--out_dir={out}", "--save_interval=2"]
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Training, "train_step", ending)
+        assert call(train.main, *flags, "--eval_interval=100") == 130
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+    state, (model, _) = checkpoint_of(out), sample.load_model(out)
+    assert state["step"] == saved and state["log"] == []
+    assert same(model.state_dict(), state["model"])
+    assert call(train.main, *flags, "--eval_interval=100", "--resume") == 0
+    assert checkpoint_of(out)["step"] == 6
+
+
 def test_two_runs_in_one_folder_are_refused(trained, capsys):
     out, arguments = trained
     run = training(*arguments, "--resume")
@@ -2692,6 +2718,33 @@ def test_the_learning_rate_rises_and_falls_linearly():
     assert found == pytest.approx([0.5, 1, 0.5, 0.05])
 
 
+def test_progress_is_by_steps_or_by_minutes_of_training(corpus, data, tmp_path):
+    run = training(*TINY, f"--source={corpus}", f"--out_dir={tmp_path}")  # of 6 steps
+    run.step, run.seconds = 3, 90.0
+    assert run.progress() == 0.5
+    for minutes, expected in ((2, 0.75), (6, 0.5), (1, 1.0)):
+        run.settings.max_minutes = minutes
+        assert run.progress() == expected
+    run.train_step()
+    assert 90 < run.seconds < 91
+    run.evaluate()
+    assert 90 < run.seconds < 91
+
+
+def test_bfloat16_is_chosen_where_it_is_native(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "CPUINFO", tmp_path / "cpuinfo")
+    cpu = torch.device("cpu")
+    assert train.choose_dtype("auto", cpu) == torch.float32
+    for flags, dtype in (
+        ("flags : fpu avx512f avx512_bf16 amx_tile", torch.bfloat16),
+        ("Features : fp asimd i8mm bf16 dgh", torch.bfloat16),
+        ("flags : fpu avx2 avx512f", torch.float32),
+    ):
+        (tmp_path / "cpuinfo").write_text(flags)
+        assert train.choose_dtype("auto", cpu) == dtype
+        assert train.choose_dtype("float32", cpu) == torch.float32
+
+
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_weight_decay_is_for_matrices_of_linear_layers_only(corpus, data, tmp_path, optimizer):
     flags = [f"--source={corpus}", f"--out_dir={tmp_path}", f"--optimizer={optimizer}"]
@@ -2716,6 +2769,54 @@ def test_weight_decay_is_for_matrices_of_linear_layers_only(corpus, data, tmp_pa
     assert {n: rates[n] for n in rest} == {n: 0.125 if "ema_gate" in n else 0.5 for n in rest}
     assert len({rates[name] for name in rest}) == 2
     assert {rates[name] for name in decaying} == {0.25 if optimizer == "muon" else 0.5}
+
+
+def test_a_step_learns_the_tokens_after_its_inputs_at_the_rate_of_its_time(corpus, data, tmp_path):
+    flags = [*TINY, f"--source={corpus}", f"--out_dir={tmp_path}", "--dropout=0"]
+    run = training(*flags, "--dtype=float32")
+    tokens, length = run.corpus.tokens["train"].astype(np.int64), run.corpus.block_size
+    for step in range(4):
+        nats, rates = [], []
+        for row in (2 * step, 2 * step + 1):
+            start = run.corpus.epoch(row // run.corpus.windows)[row % run.corpus.windows]
+            window = torch.from_numpy(tokens[start : start + length + 1])
+            nats.append(nats_of_all(run.model, window).mean().item())
+        run.train_step()
+        assert run.losses[-1] == pytest.approx(np.mean(nats), rel=1e-5)
+        factor = train.learning_rate_factor(run.settings, step / 6)
+        rates = [group["lr"] for o in run.optimizers for group in o.param_groups]
+        assert rates == pytest.approx([peak * factor for peak in (2e-3, 2e-3, 0.02)])
+
+
+def test_momentum_betas_and_the_largest_gradient_are_those_set(corpus, data, tmp_path, monkeypatch):
+    flags = [*TINY, f"--source={corpus}", f"--out_dir={tmp_path}", "--momentum=0.7"]
+    run = training(*flags, "--beta1=0.6", "--beta2=0.5", "--grad_clip=0.25")
+    adamw, muon = run.optimizers
+    assert {group["betas"] for group in adamw.param_groups} == {(0.6, 0.5)}
+    assert {group["momentum"] for group in muon.param_groups} == {0.7}
+    norms = []
+
+    def norm(grads) -> float:
+        return torch.cat([grad.flatten() for grad in grads]).norm().item()
+
+    step = type(muon).step
+    parameters = [*run.model.parameters()]
+    monkeypatch.setattr(
+        type(muon),
+        "step",
+        lambda self: norms.append(norm(p.grad for p in parameters)) or step(self),
+    )
+    adamw.zero_grad = lambda **_: None  # or half of the gradient were gone before Muon's step
+    run.train_step()
+    assert norms[0] == pytest.approx(0.25, rel=1e-3)
+
+
+def test_a_closed_update_gate_leaves_the_input_as_it_is():
+    codec, x = prepare.new_tokenizer("bytes", 0, []), randn(0, 1, 9, 16, dtype=torch.float32)
+    for gate_bias, near in ((-30.0, True), (0.0, False)):
+        s = train.read_settings([*TINY, f"--gate_bias={gate_bias}"])
+        y = train.new_model(s, codec).eval().mega.layers[0].mega_layer(x)[0]
+        assert y.allclose(x) == near
 
 
 def test_sampling_continues_the_prompt(trained, capsys, monkeypatch):

@@ -215,6 +215,7 @@ def keep_big_blocks():
 
 
 DTYPES = ("auto", "float32", "bfloat16")
+CPUINFO = Path("/proc/cpuinfo")  # of Linux; elsewhere float32 is the safe choice
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -227,8 +228,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
         return getattr(torch, name)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    cpu = Path("/proc/cpuinfo")  # of Linux; elsewhere float32 is the safe choice
-    native = cpu.exists() and re.search(r"avx512_bf16|amx_bf16|\bbf16\b", cpu.read_text())
+    native = CPUINFO.exists() and re.search(r"avx512_bf16|amx_bf16|\bbf16\b", CPUINFO.read_text())
     return torch.bfloat16 if native and device.type == "cpu" else torch.float32
 
 
@@ -283,9 +283,7 @@ def find_data(s) -> Path:
     except DownloadError as error:
         if s.dataset not in WIKITEXT or s.source:
             raise
-        print(
-            f"{s.dataset} can't be downloaded, so this trains on pydocs, Python's own text: {error}"
-        )
+        print(f"{s.dataset} can't be downloaded, so pydocs, Python's own text, is used: {error}")
         return prepare("pydocs", "", s.train_split, s.val_split, s.tokenizer, s.vocab_size)
 
 
@@ -837,19 +835,31 @@ def draw_curves(log: list[dict]) -> bytes:
     return content.getvalue()
 
 
-def train(t: Training):
-    """The loop: steps, and from time to time an evaluation and checkpoints."""
-    s, leads, stop = t.settings, t.team.rank == 0, []
+@contextlib.contextmanager
+def told_to_stop(leads: bool):
+    """A list that Ctrl-C or SIGTERM makes non-empty; a second Ctrl-C stops at once."""
+    stop = []
 
-    def interrupt(number, _):  # waits for the end of a step
+    def interrupt(number, _):
         stop.append(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        t.team.say("\nstopping after this step; Ctrl-C again stops at once")
+        if leads:
+            print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr)
 
     old = [(number, signal.signal(number, interrupt)) for number in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        yield stop
+    finally:
+        for number, handler in old:
+            signal.signal(number, handler)
+
+
+def train(t: Training):
+    """The loop: steps, and from time to time an evaluation and checkpoints."""
+    s, leads = t.settings, t.team.rank == 0
     form = "{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
     shown = {"bar_format": form, "leave": False, "disable": None if leads else True}
-    with tqdm(total=1.0, initial=t.progress(), **shown) as bar:
+    with told_to_stop(leads) as stop, tqdm(total=1.0, initial=t.progress(), **shown) as bar:
         if leads and not t.step:
             t.save(better=True)  # from here on the run can be resumed
         while t.progress() < 1:
@@ -867,8 +877,6 @@ def train(t: Training):
                 bar.clear()
                 t.team.say(f"stopped and saved at step {t.step}; --resume goes on from here")
                 sys.exit(128 + (stop or [signal.SIGINT])[0])
-    for number, handler in old:
-        signal.signal(number, handler)
 
 
 def evaluate_only(s, team: Team):
@@ -878,7 +886,8 @@ def evaluate_only(s, team: Team):
     check_tokenizer(Path(s.out_dir), codec, data)
     corpus = Corpus(data, codec, s.block_size, s.seed)
     autocast = make_autocast(team.device, choose_dtype(s.dtype, team.device))
-    splits = [split for split in ("test", "val") if split in corpus.counts]
+    other = "test" in corpus.counts and "test" not in (s.train_split, s.val_split)
+    splits = ["test", "val"] if other else ["val"]
     report_all(model.to(team.device), corpus, splits, s.contexts, autocast)
 
 

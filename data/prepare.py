@@ -215,7 +215,10 @@ def write_whole(path: Path, content):
     """Write a file under another name, then rename it: it is never seen half-written."""
     part = path.with_name(path.name + ".part")
     try:
-        part.write_bytes(content)
+        with part.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # on the disk before its name is, should the power go
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
