@@ -18,6 +18,7 @@ import ctypes
 import datetime
 import difflib
 import functools
+import gc
 import io
 import math
 import os
@@ -267,6 +268,7 @@ class Team:
 
     def leave(self):
         if self.size > 1:
+            gc.collect()  # what is left of a training would keep threads alive beyond the group
             dist.destroy_process_group()
 
 
@@ -891,6 +893,17 @@ def evaluate_only(s, team: Team):
     report_all(model.to(team.device), corpus, splits, s.contexts, autocast)
 
 
+def train_and_report(s, team: Team):
+    t = Training(s, team)
+    try:
+        train(t)
+        if team.rank == 0:
+            model, _ = load_model(s.out_dir)
+            report_all(model.to(t.device), t.corpus, ["val"], s.contexts, t.autocast)
+    finally:
+        t.lock.release()
+
+
 def main():
     s = read_settings(sys.argv[1:])
     keep_big_blocks()
@@ -898,18 +911,10 @@ def main():
         torch.set_num_threads(s.threads)
     team = Team(s.device)
     try:
-        if s.eval_only:
-            if team.rank == 0:
-                evaluate_only(s, team)
-            return
-        t = Training(s, team)
-        try:
-            train(t)
-            if team.rank == 0:
-                model, _ = load_model(s.out_dir)
-                report_all(model.to(t.device), t.corpus, ["val"], s.contexts, t.autocast)
-        finally:
-            t.lock.release()
+        if not s.eval_only:
+            train_and_report(s, team)
+        elif team.rank == 0:
+            evaluate_only(s, team)
     except UserError:
         if team.rank:
             sys.exit(2)  # one sentence is enough
