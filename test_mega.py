@@ -2427,6 +2427,14 @@ def test_evaluation_is_over_the_whole_split_and_in_the_stated_units(
     assert model.training
 
 
+@pytest.mark.parametrize("context", ["9", "carried", "sliding"])
+def test_an_evaluation_while_training_keeps_no_graph(corpus, data, tmp_path, context):
+    run, enabled = training(*TINY, f"--source={corpus}", f"--out_dir={tmp_path}"), []
+    run.model.register_forward_hook(lambda *_: enabled.append(torch.is_grad_enabled()))
+    train.evaluate(run.model, run.corpus, "val", context, run.autocast)
+    assert enabled and not any(enabled)
+
+
 def test_an_epoch_reads_every_window_once_and_the_next_in_another_order(corpus, data, tmp_path):
     found = training(*TINY, f"--source={corpus}", f"--out_dir={tmp_path}").corpus
     length, tokens = found.block_size, torch.from_numpy(found.tokens["train"].astype(np.int64))

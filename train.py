@@ -313,7 +313,6 @@ class Corpus:
         self.windows = max(pairs // block_size - 1, 1)  # of an epoch
         self.spare = pairs - self.windows * block_size
         self.orders = {}  # of this epoch and the last one
-        self.checksum = zlib.crc32(self.tokens["train"])
 
     def epoch(self, number: int) -> np.ndarray:
         """Where the windows of an epoch start: a new order, and other borders in the text."""
@@ -409,7 +408,6 @@ def learning_rate_factor(s, progress: float) -> float:
 # -------------------------------------------------------------------------------------- evaluation
 
 
-@torch.no_grad()
 def evaluate(model: MegaForCausalLM, corpus: Corpus, split: str, context: str, autocast) -> dict:
     """Over a whole split: nats a token, bits a byte, perplexity a word (ends of lines count).
 
@@ -422,9 +420,10 @@ def evaluate(model: MegaForCausalLM, corpus: Corpus, split: str, context: str, a
                    both the loss counts where attention sees more: at least half a chunk.
     """
     tokens = torch.from_numpy(corpus.tokens[split].astype(np.int64))
-    training, chunk = model.training, model.config.attention_limit
+    training = model.training
     model.eval()
     if context in ("carried", "sliding"):
+        chunk = model.config.attention_limit
         if chunk is None:
             raise UserError(
                 f"--contexts={context} needs a model with chunks; give windows' lengths"
@@ -451,6 +450,7 @@ def in_units(nats: float, corpus: Corpus, split: str) -> dict[str, float]:
 EVALUATED = 8192  # tokens at once: enough to be fast
 
 
+@torch.no_grad()
 def nats(model, inputs: Tensor, targets: Tensor, autocast, **more):
     """The sum over targets but -100, and the cache."""
     device = next(model.parameters()).device
@@ -529,8 +529,7 @@ def check_same(found: dict, wanted: dict, what: str):
         raise UserError(f"{what} can't be resumed with other settings: {differences}")
 
 
-def check_tokenizer(folder: Path, codec: Tokenizer, data: Path):
-    other = load_tokenizer(data)
+def check_tokenizer(folder: Path, codec: Tokenizer, data: Path, other: Tokenizer):
     if codec != other:
         pairs = zip(codec.ranks.items(), other.ranks.items(), strict=False)
         found = next((f"{a} in place of {b}" for a, b in pairs if a != b), "")
@@ -562,12 +561,15 @@ class Training:
         self.parts = self.share_rows()
         # What a resumed run must have in common with the first part.
         self.fixed = {n: v for n, v in vars(s).items() if n not in CHANGEABLE}
-        self.fixed |= {"dataset": data.name, "checksum of the text": self.corpus.checksum}
+        self.fixed |= {
+            "dataset": data.name,
+            "checksum of the text": zlib.crc32(self.corpus.tokens["train"]),
+        }
         if s.resume:
             self.load_state(state)
         if team.rank == 0:
             self.claim_out_dir()
-        self.engine = compiled(self.model, self) if s.compile else self.model
+        self.engine = compiled(self) if s.compile else self.model
         if team.size > 1:
             self.engine = DistributedDataParallel(self.engine)
         self.waiting = None  # a batch that was fetched while the device was at work
@@ -633,7 +635,7 @@ class Training:
 
     def load_state(self, state: dict):
         check_same(state["fixed"], self.fixed, str(self.last))
-        check_tokenizer(self.out, load_tokenizer(self.out), self.corpus.folder)
+        check_tokenizer(self.out, load_tokenizer(self.out), self.corpus.folder, self.codec)
         try:
             shapes = {name: tuple(value.shape) for name, value in state["model"].items()}
             wanted = {name: tuple(value.shape) for name, value in self.model.state_dict().items()}
@@ -802,17 +804,17 @@ def make_autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
-def compiled(model: MegaForCausalLM, t: Training):
+def compiled(t: Training) -> nn.Module:
     """The model by torch.compile, or itself where that does not work."""
-    engine = torch.compile(model)
+    engine = torch.compile(t.model)
     try:
         inputs, targets = t.fetch(0, t.parts[0])
         with t.autocast:
             engine(inputs, labels=targets, shift_labels=False).loss.backward()
     except (RuntimeError, OSError, ImportError, AssertionError, TypeError) as error:
         t.team.say(f"note: this goes on without --compile, which fails here ({short(error)})")
-        engine = model
-    model.zero_grad(set_to_none=True)
+        engine = t.model
+    t.model.zero_grad(set_to_none=True)
     return engine
 
 
@@ -885,7 +887,7 @@ def evaluate_only(s, team: Team):
     """Print the results of out_dir's best model on all splits that were not trained on."""
     model, codec = load_model(s.out_dir)
     data = find_data(s)
-    check_tokenizer(Path(s.out_dir), codec, data)
+    check_tokenizer(Path(s.out_dir), codec, data, load_tokenizer(data))
     corpus = Corpus(data, codec, s.block_size, s.seed)
     autocast = make_autocast(team.device, choose_dtype(s.dtype, team.device))
     other = "test" in corpus.counts and "test" not in (s.train_split, s.val_split)

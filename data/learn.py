@@ -48,7 +48,6 @@ def nats_in_overlapping_windows(model, tokens: Tensor, length: int, autocast) ->
     return total
 
 
-@torch.no_grad()
 def learn(s, path: str | None):
     """Train for s.max_minutes MEGA or, with the path of its model.py, nanoGPT's, and say how well
     it then predicts the validation split.
@@ -58,17 +57,15 @@ def learn(s, path: str | None):
         t = train.Training(s, train.Team(s.device), make)
         with tqdm(total=1.0, leave=False, disable=None) as bar:
             while t.progress() < 1:
-                with torch.enable_grad():
-                    t.train_step()
+                t.train_step()
                 bar.update(t.progress() - bar.n)
     model, length = t.model.eval(), s.block_size
-    tokens = torch.from_numpy(t.corpus.tokens["val"].astype(np.int64))
-    nats = train.nats_in_windows(model, tokens, length, t.autocast)
-    found = {f"windows of {length}": train.in_units(nats, t.corpus, "val")}
-    if path is None:
-        for context in ("carried", "sliding"):
-            found[context] = train.evaluate(model, t.corpus, "val", context, t.autocast)
-    else:
+    found = {}
+    for context in (str(length), *(("carried", "sliding") if path is None else ())):
+        name = f"windows of {context}" if context.isdigit() else context
+        found[name] = train.evaluate(model, t.corpus, "val", context, t.autocast)
+    if path is not None:
+        tokens = torch.from_numpy(t.corpus.tokens["val"].astype(np.int64))
         nats = nats_in_overlapping_windows(model, tokens, length, t.autocast)
         found[f"overlapping windows of {length}"] = train.in_units(nats, t.corpus, "val")
     speed = t.step * t.rows * length / t.seconds
