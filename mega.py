@@ -12,6 +12,8 @@ Shapes, everything batch-first:
     K  chunks or blocks in a row           N  ema_projection_size, EMA dimensions of a channel
     R  cached positions of an open chunk   E  EMA channels: D, or 2D when bidirectional
     S  positions of an encoder             P  max_positions
+    c  positions of a block, or queries    T  tokens with a label
+    w  keys handed to these queries
 
 Parameters have Hugging Face's names, so that checkpoints fit. Two are swapped against the paper:
 `damping_factor` holds its alpha (the weight p of the incoming value), `decay_factor` its delta.
@@ -72,7 +74,7 @@ class MegaConfig:
     attention_probs_dropout_prob: float = 0.1
     use_feature_dropout: bool = False  # dropout drops whole features of a row
     use_normalized_ffn: bool = True
-    nffn_hidden_size: int = 256  # F
+    nffn_hidden_size: int = 256
     normalize_before_ffn: bool = True
     nffn_activation_dropout_prob: float = 0.1
     max_positions: int = 2048  # P, a limit for the simple bias only
@@ -118,6 +120,9 @@ class MegaConfig:
                 rule, valid = f"from 0 to below {top}", kind in (int, float) and 0 <= value < top
             elif f.name == "chunk_size":
                 rule, valid = f"{rule} with use_chunking=True", valid or not self.use_chunking
+            elif f.name == "id2label":
+                numbers = kind is dict and all(str(key).isdigit() for key in value)
+                rule, valid = "a dict of numbers and names", numbers
             elif "dict" in str(f.type):
                 rule, valid = "a dict", kind is dict
             valid = valid or (value is None and "None" in str(f.type))
@@ -154,7 +159,7 @@ class MegaConfig:
         extra, kind = dict(values), values.get("model_type", "mega")
         require(kind == "mega", f"the config is of a {kind!r} model, not of a mega")
         known = {f.name: extra.pop(f.name) for f in fields(cls) if f.name in extra}
-        names = known.get("id2label") or {}
+        names = settings.get("id2label") or known.get("id2label") or {}
         names = names if settings.get("num_labels", len(names)) == len(names) else {}
         known |= {"id2label": names, "extra": extra} | ({"num_labels": len(names)} if names else {})
         return cls(**known | settings)
@@ -165,17 +170,6 @@ class MegaConfig:
         return {**values.pop("extra"), **values, "label2id": label2id, "model_type": "mega"}
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, ignored: int = -100) -> Tensor:
-    """Mean over labels (..) but those `ignored`, of logits (.., classes), in nats."""
-    return F.cross_entropy(logits.flatten(0, -2), labels.flatten().long(), ignore_index=ignored)
-
-
-PROBLEM_TYPES = {
-    "regression": lambda x, y: F.mse_loss(x, y.to(x).view_as(x)),  # of logits x and labels y
-    "single_label_classification": cross_entropy,
-    "multi_label_classification": lambda x, y: F.binary_cross_entropy_with_logits(x, y.to(x)),
-}
-
 # ----------------------------------------------------------------------------- 2 moving average
 # The multi-dimensional damped EMA (section 3.1). Each channel of x is written to N hidden numbers,
 # every one of them decays at its own rate, and their weighted sum is read out (equation 5):
@@ -184,11 +178,14 @@ PROBLEM_TYPES = {
 #     u = p beta,    q = 1 - p decay,    g = gamma / sqrt(N)
 #
 # with p = alpha, decay = delta and gamma = eta in the paper, which has no 1/sqrt(N); its code has.
+# (In the paper u is beta x, equation 4, and gamma the reset gate, equation 12.)
 # Unrolled, this is a convolution with the kernel k[l] = sum_n g u q^l (appendix A). Four functions
-# compute the same y (B, L, D) of x (B, L, D), u, q, g (D, N) and, where it goes on, h (B, D, N).
+# compute the same y (B, L, D) of x (B, L, D), u, q, g (D, N) and, where it goes on, h (B, D, N);
+# other shapes are a ValueError. A bidirectional layer calls them with E = 2D for D.
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
+    """x, in fp32 if it is of half precision."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -209,6 +206,7 @@ def in_fp32(ema):
 
 
 def initial_state(x: Tensor, u: Tensor, state: Tensor | None) -> Tensor:
+    """The state (B, D, N) given, in x's dtype, or zeros."""
     state = x.new_zeros(len(x), *u.shape) if state is None else state.to(x.dtype)
     check_shape("state", state, len(x), *u.shape)
     return state
@@ -223,7 +221,7 @@ def ema_kernel(u: Tensor, q: Tensor, g: Tensor, length: int, truncation=None) ->
 
 
 def toeplitz(kernel: Tensor) -> Tensor:
-    """(D, length) -> (D, length, length), convolving rows: T[d, j, i] = kernel[d, i - j] or 0."""
+    """(D, length) -> (D, length, length), convolving rows: M[d, j, i] = kernel[d, i - j] or 0."""
     length = kernel.shape[-1]
     return F.pad(kernel, (length - 1, 0)).unfold(-1, length, 1).flip(-2)
 
@@ -266,7 +264,7 @@ def ema_blockwise(x: Tensor, u: Tensor, q: Tensor, g: Tensor, state=None, block=
     read = (g * q).unsqueeze(-1) * q_powers  # state before the block to y, (D, N, block)
     h = initial_state(x, u, state).permute(1, 2, 0)  # (D, N, B)
     ys, rest = [], length % block
-    for piece in x.split([length - rest, rest], 1) if rest else [x]:
+    for piece in x.split(length - rest, 1):  # the rest is shorter
         c = min(block, piece.shape[1])  # a last, short block uses a corner of the same matrices
         q_block = q * q_powers[..., c - 1]
         y, h = Blocks.apply(piece, inside[:, :c, :c], write[:, -c:], read[..., :c], q_block, h)
@@ -318,7 +316,7 @@ def from_blocks(y: Tensor, rows: int) -> Tensor:
 
 
 def scan(h: Tensor, decay: Tensor, reverse: bool = False) -> Tensor:
-    """h_k + decay h_{k-1} + decay^2 h_{k-2} + ..., or over later k; h (D, N, B, K)."""
+    """h_k + decay h_{k-1} + decay^2 h_{k-2} + ..., or of later k; h (D, N, B, K), decay (D, N)."""
     decay, step = decay[..., None, None], 1  # log2(K) rounds: h becomes a sum of 1, 2, 4, ... terms
     while step < h.shape[-1]:
         later, earlier = slice(step, None), slice(None, -step)
@@ -334,7 +332,9 @@ EMA_MODES |= {"recurrent": ema_recurrent, "blockwise": ema_blockwise}  # these c
 
 
 class DampedEMA(nn.Module):
-    """SiLU(EMA(x) + omega x), by the algorithm `mode`; None takes the fastest that will do."""
+    """SiLU(EMA(x) + omega x), the paper's code (equation 6 is EMA(x) alone), by the algorithm
+    `mode`; None takes the fastest that will do.
+    """
 
     def __init__(self, config: MegaConfig, mode: str | None = None):
         super().__init__()
@@ -379,6 +379,7 @@ class DampedEMA(nn.Module):
 
 
 def normal(*shape: int, std: float) -> nn.Parameter:
+    """From N(0, std^2)."""
     return nn.Parameter(torch.randn(shape) * std)
 
 
@@ -429,7 +430,7 @@ def attention(layer: nn.Module, q, k, v, bias: Tensor, visible: Tensor | None):
 
 
 class SimpleBias(nn.Module):
-    """One learned number for each distance."""
+    """One learned number for each distance (b_rel of equation 11, as in T5, Raffel et al. 2020)."""
 
     def __init__(self, config: MegaConfig):
         super().__init__()
@@ -454,7 +455,9 @@ class RotaryBias(nn.Module):
         self.b_param = normal(1, config.shared_representation_size, std=config.initializer_range)
 
     def forward(self, end: int) -> Tensor:
-        """As above: of both turns, only that by the distance is left in the product."""
+        """The bias at distances 1-end ... end-1, (2 end - 1): of both turns, only that by the
+        distance is left in the product.
+        """
         half, device = self.alpha.shape[-1] // 2, self.alpha.device
         pairs = torch.arange(half, dtype=torch.float32, device=device)
         distance = torch.arange(1 - end, end, dtype=torch.float32, device=device).unsqueeze(1)
@@ -509,7 +512,7 @@ def dropout(x: Tensor, p: float, module: nn.Module) -> Tensor:
     """Of single numbers of x (B, L, D) or, with use_feature_dropout, of whole features of a row."""
     if module.training and module.config.use_feature_dropout:
         return x * F.dropout(torch.ones_like(x[:, :1]), p)
-    return F.dropout(x, p) if module.training else x
+    return F.dropout(x, p, module.training)
 
 
 ACTIVATIONS = {name: getattr(F, name) for name in ("silu", "relu", "relu6", "leaky_relu", "mish")}
@@ -523,6 +526,8 @@ for name in ("gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh"):  # 
 
 
 class Linear(nn.Linear):
+    """nn.Linear, of a single position by `matmul`."""
+
     def forward(self, x: Tensor) -> Tensor:
         if x.numel() > self.in_features:
             return super().forward(x)
@@ -530,6 +535,7 @@ class Linear(nn.Linear):
 
 
 def linear(config: MegaConfig, inputs: int, outputs: int) -> Linear:
+    """With weights from N(0, initializer_range^2) and no bias at first."""
     layer = Linear(inputs, outputs)
     layer.weight.data.normal_(std=config.initializer_range)
     layer.bias.data.zero_()
@@ -537,7 +543,7 @@ def linear(config: MegaConfig, inputs: int, outputs: int) -> Linear:
 
 
 class MovingAverageGatedAttention(nn.Module):
-    """Mega's layer: EMA, single-head attention in chunks, gates (section 3.3, figure 2)."""
+    """Mega's layer: EMA, single-head attention in chunks, gates (section 3.2, figure 2b)."""
 
     def __init__(self, config: MegaConfig):
         super().__init__()
@@ -569,28 +575,28 @@ class MovingAverageGatedAttention(nn.Module):
         state, *old = past[:3] or [None]
         coefficients, by_distance, room = past[3] if past[3:] else (None, None, None)
         n = self.norm(x) if config.normalize_before_mega else x
-        v = dropout(activation(self.v_proj(n)), config.hidden_dropout_prob, self)
+        v = dropout(activation(self.v_proj(n)), config.hidden_dropout_prob, self)  # (10)
         seen = None if mask is None else mask[:, -x.shape[1] :]
-        m, state = self.ema_gate(n, seen, state, coefficients=coefficients)
+        m, state = self.ema_gate(n, seen, state, coefficients=coefficients)  # (6)
         m = dropout(m, config.dropout_prob, self)
-        update, zr, hx = self.mx_proj(m).split([D, Z + V, D], -1)
-        z, reset = F.silu(zr).split([Z, V], -1)
-        q, k = (z.unsqueeze(-2) * self.qk_weight + self.qk_bias).unbind(-2)  # (B, L, Z)
+        update, zr, hx = self.mx_proj(m).split([D, Z + V, D], -1)  # before (13), (7, 12), (14)
+        z, reset = F.silu(zr).split([Z, V], -1)  # (7), (12)
+        q, k = (z.unsqueeze(-2) * self.qk_weight + self.qk_bias).unbind(-2)  # (8), (9): (B, L, Z)
         if room:
             start, end = old[0].shape[1], old[0].shape[1] + x.shape[1]
             room[0][:, start:end], room[1][:, start:end] = k, v
             k, v = (t[:, :end] for t in room)
         elif old:
             k, v = (torch.cat(pair, 1) for pair in zip(old, (k, v), strict=True))  # (B, R + L, ..)
-        attended, weights = self.attend(q, k, v, mask, output_attentions, by_distance)
-        candidate = activation(hx + self.h_proj(attended * reset))
-        y = gate(x, update, candidate, self)
+        attended, weights = self.attend(q, k, v, mask, output_attentions, by_distance)  # (11)
+        candidate = activation(hx + self.h_proj(attended * reset))  # (14)
+        y = gate(x, update, candidate, self)  # (13), (15)
         if not use_cache:
             return y, None, weights
         require(state is not None, "this EMA mode has no state to cache; unset it, or use_cache")
-        start = k.shape[1] - k.shape[1] % config.chunk_size if config.use_chunking else 0
-        k, v = k[:, start:], v[:, start:]
-        if start and not room:  # or R positions would keep the memory of all alive
+        closed = k.shape[1] - k.shape[1] % config.chunk_size if config.use_chunking else 0
+        k, v = k[:, closed:], v[:, closed:]
+        if closed and not room:  # or R positions would keep the memory of all alive
             k, v = k.clone(), v.clone()
         return y, (state, k, v, *past[3:]), weights
 
@@ -601,7 +607,7 @@ class MovingAverageGatedAttention(nn.Module):
         if end > chunk:  # pads make all chunks whole: queries for the past, and the last one's rest
             before, after = end - L, -end % chunk
             if after and mask is None and not config.is_decoder:
-                mask = q.new_ones(len(q), end, dtype=torch.bool)
+                mask = q.new_ones(rows, end, dtype=torch.bool)
             mask = None if mask is None else F.pad(mask, (0, after))
             q, k, v = (F.pad(t, (0, 0, b, after)) for t, b in ((q, before), (k, 0), (v, 0)))
         c = min(chunk, q.shape[1])
@@ -658,7 +664,7 @@ class GatedCrossAttention(nn.Module):
 
 
 def gate(x: Tensor, update: Tensor, candidate: Tensor, layer: nn.Module) -> Tensor:
-    """As much of the candidate in x's place as the update gate lets through (equation 15)."""
+    """x and candidate (B, L, D), mixed by sigmoid(update): equations 13 and 15, and a post-norm."""
     candidate = dropout(candidate, layer.config.dropout_prob, layer)
     y = x + torch.sigmoid(update) * (candidate - x)
     return y if layer.config.normalize_before_mega else layer.norm(y)
@@ -669,7 +675,7 @@ def gate(x: Tensor, update: Tensor, candidate: Tensor, layer: nn.Module) -> Tens
 
 
 class NormalizedFeedForward(nn.Module):
-    """x + fc2(act(fc1(norm(x)))), or with the norm after the sum."""
+    """x + fc2(act(fc1(norm(x)))) or, as in equation 17, with the norm after the sum."""
 
     def __init__(self, config: MegaConfig):
         super().__init__()
@@ -696,7 +702,9 @@ class MegaBlock(nn.Module):
         self.nffn = NormalizedFeedForward(config) if config.use_normalized_ffn else nn.Identity()
 
     def forward(self, x, mask=None, past=(), use_cache=False, output_attentions=False, cross=()):
-        """As its parts; `cross`: source, mask, start -> y, both pasts or None, weights of each."""
+        """As its parts; `cross`: source, mask, start -> y, the next past or None, weights of each.
+        Past: the layer's state, keys and values, then the cross-attention's keys and values.
+        """
         n = 0 if self.cross_attn is None else 2  # of its keys and values, after the layer's own
         own, crossed = past[:3] + past[3 + n :], None
         x, new, weights = self.mega_layer(x, mask, own, use_cache, output_attentions)
@@ -745,7 +753,7 @@ class MegaOutput:
     pooler_output: Tensor | None = None  # (B, D)
     cache: MegaCache | None = None
     hidden_states: tuple | None = None  # (B, L, D) of the embedding and after each layer
-    attentions: tuple | None = None  # (B, K, C, C) of each layer, with pads in chunks cut short
+    attentions: tuple | None = None  # (B, K, c, w) of each layer, with pads in chunks cut short
     cross_attentions: tuple | None = None  # (B, L, S) of each layer
 
 
@@ -873,6 +881,19 @@ def check_ids(name: str, ids: Tensor, limit: int, *shape: int):
 SLICE = 512  # positions whose logits exist at once: those of all would be a step's largest tensor
 
 
+def cross_entropy(logits: Tensor, labels: Tensor, ignored: int = -100) -> Tensor:
+    """Mean over labels (..) but those `ignored`, of logits (.., classes), in nats."""
+    check_shape("labels", labels, *logits.shape[:-1])
+    return F.cross_entropy(logits.flatten(0, -2), labels.flatten().long(), ignore_index=ignored)
+
+
+PROBLEM_TYPES = {
+    "regression": lambda x, y: F.mse_loss(x, y.to(x).view_as(x)),  # of logits x and labels y
+    "single_label_classification": cross_entropy,
+    "multi_label_classification": lambda x, y: F.binary_cross_entropy_with_logits(x, y.to(x)),
+}
+
+
 class MegaHead(MegaBase):
     """A model, and on its `features` dropout, a linear layer named `output`, and a loss."""
 
@@ -942,7 +963,9 @@ class MegaForMultipleChoice(MegaHead):
 
 
 class MegaForQuestionAnswering(MegaHead):
-    """Scores of each place as an answer's start and end (B, L); a place outside has no loss."""
+    """Scores of each place as an answer's start and end (B, L); one from L on has no loss, one
+    below 0 counts as 0.
+    """
 
     output = "qa_outputs"
 
@@ -951,6 +974,7 @@ class MegaForQuestionAnswering(MegaHead):
         super().__init__(config, 2)
 
     def forward(self, *args, start_positions=None, end_positions=None, **inputs) -> MegaOutput:
+        """As MegaModel's; with both positions (B), also the mean of their losses."""
         out = super().forward(*args, **inputs)
         out.start_logits, out.end_logits = out.logits.unbind(-1)
         if start_positions is not None and end_positions is not None:
@@ -970,8 +994,8 @@ class SlicedLoss(torch.autograd.Function):
     def forward(ctx, x, weight, bias, labels, needs_gradient: bool):
         nats, dx, ctx.count, wide = 0, [], len(x), torch.promote_types(x.dtype, torch.float32)
         dweight, dbias = (torch.zeros_like(p, dtype=wide) for p in (weight, bias))
-        autocast, low = torch.is_autocast_enabled(x.device.type), x.dtype
-        low = torch.get_autocast_dtype(x.device.type) if autocast else low
+        device = x.device.type
+        low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         x, weight, bias = (t.to(low) for t in (x, weight, bias))
         for x_s, label in zip(x.split(SLICE), labels.unsqueeze(-1).split(SLICE), strict=True):
             logits = F.linear(x_s, weight, bias)
@@ -1003,13 +1027,13 @@ class LanguageModel(MegaHead):
         if config.tie_word_embeddings:
             getattr(self, self.output).weight = self.mega.embedding_layer["word_embeddings"].weight
 
-    def forward(self, *args, labels=None, output_logits=None, **inputs) -> MegaOutput:
+    def forward(self, input_ids=None, attention_mask=None, *, labels=None, output_logits=None,
+                **inputs) -> MegaOutput:  # fmt: skip
         """As MegaHead's; output_logits=None leaves them out in training steps of many positions."""
-        if output_logits is None:
-            output_logits = not self.training or labels is None or labels.numel() <= SLICE
-        if output_logits or labels is None:
-            return super().forward(*args, labels=labels, **inputs)
-        out, seen = self.mega(*args, **inputs), labels != -100
+        whole = not self.training or labels is None or labels.numel() <= SLICE
+        if labels is None or (whole if output_logits is None else output_logits):
+            return super().forward(input_ids, attention_mask, labels=labels, **inputs)
+        out, seen = self.mega(input_ids, attention_mask, **inputs), labels != -100
         check_shape("labels", labels, *out.last_hidden_state.shape[:2])
         x, output = self.features(out, None)[seen], getattr(self, self.output)
         labels, needs_gradient = labels[seen].long(), torch.is_grad_enabled()
@@ -1033,6 +1057,7 @@ class MegaForCausalLM(LanguageModel):
     output = "lm_head"
 
     def forward(self, *args, labels=None, shift_labels=True, **inputs) -> MegaOutput:
+        """As LanguageModel's, with `shift_labels`."""
         if labels is not None and shift_labels:
             labels = F.pad(labels[:, 1:], (0, 1), value=-100)
         return super().forward(*args, labels=labels, **inputs)
@@ -1040,26 +1065,27 @@ class MegaForCausalLM(LanguageModel):
     # --------------------------------------------------------------------------- 7 generation
     # One pass over the prompt fills the cache; from there each token costs one step.
 
-    @torch.no_grad()
     def generate(self, input_ids, max_new_tokens: int, temperature=1.0, top_k=None, top_p=None,
                  eos_token_id=None, attention_mask=None, seed=None, stream=None,
                  token_type_ids=None, **inputs) -> Tensor:  # fmt: skip
         """Continue input_ids (B, L): returns (B, L + new), new <= max_new_tokens.
 
         Temperature 0 takes the likeliest token; top_k and top_p limit the draw to the likeliest.
-        After its eos_token_id a row is filled with pads, or eos if there is no pad; the call ends
-        when all are. Pads in front (attention_mask 0) change nothing for a row. `stream` is called
-        with each new token (B,). New tokens have the last token type; other inputs as MegaModel's.
+        After eos_token_id (None: there is no end) a row is filled with pads, or eos if there is no
+        pad; the call ends when all are. Pads in front (attention_mask 0) change nothing for a row.
+        `stream` is called with each new token (B,). New tokens have the last token type; other
+        inputs as MegaModel's. A ValueError names what can't be: an option, a pad, a length.
         """
-        valid = top_k is None or top_k >= 1, top_p is None or 0 < top_p <= 1
-        valid = max_new_tokens >= 0 and 0 <= temperature < math.inf and all(valid)
+        valid = max_new_tokens >= 0 and 0 <= temperature < math.inf
+        valid &= (top_k is None or top_k >= 1) and (top_p is None or 0 < top_p <= 1)
         said = "generate needs max_new_tokens and temperature >= 0, top_k >= 1, top_p in (0, 1]"
         require(valid, f"{said}, got {max_new_tokens}, {temperature}, {top_k} and {top_p}")
         config, pad = self.config, self.config.pad_token_id
         check_ids("input_ids", input_ids, config.vocab_size)
         ids, start, end, cache = F.pad(input_ids, (0, max_new_tokens)), 0, input_ids.shape[1], None
-        if not config.use_chunking:  # the last token is not read
-            config.check_length("prompt and new tokens:", ids.shape[1] - 1)
+        longest = max(ids.shape[1] - 1, 1)  # the last token is not read
+        if not config.use_chunking or config.add_cross_attention:
+            config.check_length("prompt and new tokens but the last:", longest)
         if attention_mask is not None:
             visible, whole = attention_mask != 0, config.attention_limit or 1
             check_shape("attention_mask", visible, *input_ids.shape)
@@ -1087,7 +1113,7 @@ class MegaForCausalLM(LanguageModel):
                     ids[:, end] = token
                     if not start:
                         pasts = zip(self.mega.layers, out.cache.layers, strict=True)
-                        out.cache.layers = [b.mega_layer.prepare(p, ids.shape[1]) for b, p in pasts]
+                        out.cache.layers = [b.mega_layer.prepare(p, longest) for b, p in pasts]
                     start, end, cache, attention_mask = end, end + 1, out.cache, None
                     token_type_ids = None if token_type_ids is None else token_type_ids[:, -1:]
                     if stream is not None:
@@ -1102,7 +1128,7 @@ def draw(logits: Tensor, temperature: float, top_k, top_p, generator) -> Tensor:
     """One token of each row of logits (B, vocab_size): (B,)."""
     if temperature == 0:
         return logits.argmax(-1)
-    logits = (logits - logits.max(-1, keepdim=True).values) / temperature  # finite at any of them
+    logits = (logits - logits.max(-1, keepdim=True).values) / max(temperature, 1e-30)  # no 0 / 0
     if top_k is not None:
         weakest = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < weakest, -math.inf)

@@ -178,6 +178,7 @@ BAD_CONFIGS = [
     {"final_norm": True, "normalize_before_ffn": False},
     {"final_norm": True, "normalize_before_mega": False}, {"activation": ["silu"]},
     {"relative_positional_bias": "simple", "use_chunking": True, "chunk_size": 65},
+    {"id2label": {"no": 0, "yes": 1}}, {"id2label": {None: "no", 1: "yes"}},
 ]  # fmt: skip
 
 
@@ -1333,6 +1334,22 @@ def test_the_other_heads_losses():
     assert model(ids, start_positions=starts).loss is None
 
 
+@pytest.mark.parametrize("step", [True, False])
+def test_labels_of_another_shape_are_refused(step):
+    """As many of them, in another order, would give a loss of the wrong tokens."""
+    ids = token_ids(0, 2, 6)
+    for model in (causal_lm(), head_model(mega.MegaForMaskedLM)):
+        labels = ids.view(3, 4)
+        more = {"shift_labels": False} if isinstance(model, MegaForCausalLM) else {}
+        with pytest.raises(ValueError, match=r"labels must be non-empty \(2, 6\), got \(3, 4\)"):
+            model.train(step)(ids, labels=labels, output_logits=not step, **more)
+        mask = torch.ones(2, 6)  # the second argument, with and without labels
+        loss = model(ids, mask, labels=ids, output_logits=not step).loss
+        assert loss.isfinite()
+    with pytest.raises(ValueError, match=r"labels must be non-empty \(2, 6\)"):
+        head_model(mega.MegaForTokenClassification)(ids, labels=ids.view(3, 4) % 2)
+
+
 def test_dropout_of_the_heads(monkeypatch):
     rates = []
     dropout = F.dropout
@@ -1469,9 +1486,29 @@ def test_a_chunked_batch_of_several_lengths_works_by_whole_chunks_or_is_refused(
 def test_generation_refuses_impossible_options(options):
     with pytest.raises(ValueError, match=f"generate needs .*{next(iter(options))}"):
         shared_lm().generate(token_ids(0, 1, 3), 2, **options)
-    with pytest.raises(ValueError, match="max_positions 64"):
-        shared_lm(relative_positional_bias="simple").generate(token_ids(0, 1, 3), 63)
     assert shared_lm().generate(token_ids(0, 1, 3), 70).shape == (1, 73)  # beyond max_positions
+
+
+@pytest.mark.parametrize("length", [1, 3, 64])
+def test_generation_ends_at_the_simple_biass_last_position(length):
+    """It reads max_positions 64 tokens, and one more is made of them."""
+    model = shared_lm(relative_positional_bias="simple")
+    assert model.generate(token_ids(0, 1, length), 65 - length).shape == (1, 65)
+    with pytest.raises(ValueError, match="but the last: 65 is above max_positions 64"):
+        model.generate(token_ids(0, 1, length), 66 - length)
+    changes = {"relative_positional_bias": "simple", "use_chunking": True, "chunk_size": 8}
+    assert causal_lm(**changes).generate(token_ids(0, 1, length), 70).shape == (1, length + 70)
+    crossing = MegaForCausalLM(decoder_config(**changes)).double()
+    states = {"encoder_hidden_states": randn(0, 1, 4, 8)}
+    assert crossing.generate(token_ids(0, 1, length), 65 - length, **states).shape == (1, 65)
+    with pytest.raises(ValueError, match="is above max_positions 64"):
+        crossing.generate(token_ids(0, 1, length), 66 - length, **states)
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-45, 1e-300, 5e-324])
+def test_a_temperature_near_0_takes_the_likeliest(temperature):
+    logits = torch.tensor([[1.0, 3.0, 2.0], [0.0, -1.0, -2.0]])
+    assert mega.draw(logits, temperature, None, None, None).tolist() == [1, 0]
 
 
 @given(seeds, st.integers(1, 30), st.floats(0.05, 1))
@@ -1784,6 +1821,9 @@ def test_labels_are_read_and_written(tmp_path):
     names = {str(i): f"LABEL_{i}" for i in range(4)}
     assert MegaConfig.from_dict({"id2label": names}).num_labels == 4
     assert MegaConfig.from_dict({"id2label": names}, num_labels=5).num_labels == 5
+    others = {i: str(i) for i in range(5)}
+    assert MegaConfig.from_dict({"id2label": names}, id2label=others).id2label == others
+    assert MegaConfig.from_dict({"num_labels": 4}, id2label=others).num_labels == 5
     kept = mega.MegaForTokenClassification.from_pretrained(tmp_path, num_labels=3)
     assert kept.config.id2label == names_given
     with pytest.raises(ValueError, match="'bert' model"):
