@@ -1,4 +1,5 @@
-"""Continue a prompt, or fill its masks, with a trained model.
+"""Continue a prompt, or fill its masks, with a trained model: that of `python train.py` in out/, as
+long as there is none the small one in data/small, or another --model.
 
 python sample.py --prompt "The function"
 echo "The function" | python sample.py --temperature 0
@@ -16,6 +17,7 @@ import torch
 from data.checkpoint import read_json
 from data.hub import find_file
 from data.prepare import (
+    DATA,
     Parser,
     RobertaTokenizer,
     Tokenizer,
@@ -33,6 +35,7 @@ ABOUT_MASKS = (
     "the end of the text, with nothing to the right: expect weak text, and a pass over all of it "
     "for each token. --task fill-mask is what it was made for."
 )
+SMALL = DATA / "small"  # the trained model that comes with the project
 KINDS = {"MegaForCausalLM": MegaForCausalLM, "MegaForMaskedLM": MegaForMaskedLM}
 
 
@@ -160,11 +163,19 @@ def note(text):
     print(f"note: {text}", file=sys.stderr)
 
 
+def find_out() -> str:
+    """What `python train.py` made or, before it has been run, the model that comes with it."""
+    if Path("out").exists():
+        return "out"
+    note("there is no out/ yet: this is the small model in data/small; python train.py makes yours")
+    return str(SMALL)
+
+
 def main():
     parser = Parser(__doc__)
     parser.add_argument("--prompt", help='text to continue; "-" or a pipe: standard input')
     help_model = "the checkpoint: a folder, or owner/name on Hugging Face's hub (default: out)"
-    parser.add_argument("--model", "--out_dir", default="out", help=help_model)
+    parser.add_argument("--model", "--out_dir", help=help_model)
     tasks = ("generate", "fill-mask")
     parser.add_argument("--task", default="generate", choices=tasks, help="default: generate")
     parser.add_argument("--max_new_tokens", type=int, default=200, help="default: 200")
@@ -190,6 +201,7 @@ def main():
     device, prompt = choose_device(options.pop("device")), read_prompt(options.pop("prompt"))
     warnings.showwarning = lambda message, *_: note(message)
     source = options.pop("model")
+    source = find_out() if source is None else source
     model, codec = load_model(source)
     model.to(device)
 

@@ -2,6 +2,8 @@
 
 What mega.py's models do with their weights as a whole: `from_pretrained` is read and fill,
 `save_pretrained` is write, `resize_token_embeddings` is resize.
+
+    python -m data.checkpoint out data/small    # a copy for sample.py, its weights in bfloat16
 """
 
 import json
@@ -140,3 +142,24 @@ def misfit(config, name: str, found: Tensor | None, asked: Tensor) -> str:
     ]
     reason = f", due to {' or '.join(settings)}" if settings else ""
     return f"{said}{reason}; ignore_mismatched_sizes=True starts it anew"
+
+
+def main():
+    from data.prepare import Parser, save_tokenizer
+    from sample import load_model
+
+    parser = Parser(__doc__)
+    parser.add_argument("source", help="the folder of a model of train.py's")
+    parser.add_argument("folder", type=Path, help="where its copy goes")
+    options = parser.parse_args()
+    model, codec = load_model(options.source)
+    write(model.bfloat16(), options.folder)
+    save_tokenizer(codec, options.folder)
+    size = sum(path.stat().st_size for path in options.folder.iterdir())
+    print(f"{options.folder}: {size / 1e6:.2f} MB")
+
+
+if __name__ == "__main__":
+    from data.prepare import run
+
+    run(main)

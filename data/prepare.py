@@ -53,6 +53,7 @@ WIKITEXT = {  # addresses in the order to try, size in bytes and sha256 if known
 }
 SPLITS = {"train": "train", "val": "valid|val|validation", "test": "test"}
 ENDINGS = {".txt", ".md", ".rst", ".raw", ".tokens", ".text"}  # of text files
+TAKEN = ("small", "figures")  # folders in data/ that are no datasets
 TOKENIZERS = ("bpe", "bytes", "gpt2")
 # GPT-2's way to cut text into words, written without look-ahead, which rustbpe does not know.
 WORD_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+"
@@ -432,7 +433,7 @@ def prepare(
         if split not in SPLITS:
             raise UserError(f"a split is {', '.join(SPLITS)}, not {split!r}")
     name = dataset if known else re.sub(r"\W+", "_", Path(dataset).stem) or "text"
-    folder = DATA / name
+    folder = DATA / (f"{name}_text" if name in TAKEN else name)
     made_by = {
         "dataset": dataset,
         "source": source,
