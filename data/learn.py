@@ -1,8 +1,9 @@
-"""How well MEGA and nanoGPT's model of the same size learn in the same minutes, by turns.
+"""What other models learn in train.py's loop: how well, beside MEGA, in the same minutes.
 
     python -m data.learn --nanogpt ../nanoGPT/model.py --nanogpt_dropout 0.2 --max_minutes=5
+    python -m data.learn --transformers       # their MEGA; needs transformers==4.40.2
 
-All other flags are train.py's, for both: text, optimizers, schedule, precision, batches.
+All other flags are train.py's, for all models: text, optimizers, schedule, precision, batches.
 """
 
 import argparse
@@ -13,13 +14,16 @@ import tempfile
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import train
 from data.compare import load_file
 from data.prepare import run
-from mega import MegaOutput
+from mega import DampedEMA, MegaConfig, MegaForCausalLM, MegaOutput, cross_entropy
+
+# ------------------------------------------------------------------------------------ other models
 
 
 class NanoGPT(nn.Module):
@@ -37,6 +41,85 @@ class NanoGPT(nn.Module):
         return MegaOutput(loss=self.gpt(ids, targets)[1])
 
 
+class Transformers(nn.Module):
+    """transformers' MEGA with the initial weights of ours, called as ours is in train.py.
+
+    It lacks the final norm and the embedding's scale; its feature dropout drops whole chunks
+    (fault 17 in the README), so that it has the plain one.
+    """
+
+    def __init__(self, s, codec):
+        super().__init__()
+        import transformers
+
+        transformers.logging.set_verbosity_error()
+        ours = train.new_model(s, codec)
+        config = ours.config.to_dict() | {"use_feature_dropout": False}
+        self.lm = transformers.MegaForCausalLM(transformers.MegaConfig(**config))
+        self.lm.load_state_dict(ours.state_dict(), strict=False)
+        self.chunk = config["chunk_size"]
+
+    def forward(self, ids: Tensor, labels: Tensor, **_) -> MegaOutput:
+        whole = (0, -ids.shape[1] % self.chunk)  # it knows whole chunks only
+        logits = self.lm(F.pad(ids, whole), use_cache=False).logits
+        return MegaOutput(loss=cross_entropy(logits.float(), F.pad(labels, whole, value=-100)))
+
+
+class NoEMA(nn.Module):
+    """What is left of the layer's smoothed input without the moving average: SiLU(omega x)."""
+
+    def __init__(self, config: MegaConfig):
+        super().__init__()
+        self.residual_weight = nn.Parameter(torch.randn(config.hidden_size))
+
+    def forward(self, x: Tensor, mask=None, state=None, **_):
+        return F.silu(x * self.residual_weight), x.new_zeros(len(x), 0)
+
+
+class Undamped(DampedEMA):
+    """The classical EMA: delta is 1, so that q = 1 - p."""
+
+    def coefficients(self) -> tuple[Tensor, Tensor, Tensor]:
+        u, _, g = super().coefficients()
+        return u, 1 - self.damping_factor.sigmoid().squeeze(-1), g
+
+
+def new_model_with(ema: type[nn.Module], s, codec) -> MegaForCausalLM:
+    """train.py's new model with another class in the moving averages' place."""
+    model = train.new_model(s, codec)
+    for block in model.mega.layers:
+        block.mega_layer.ema_gate = ema(model.config)
+    return model
+
+
+# ---------------------------------------------------------------------------------------- learning
+
+
+@contextlib.contextmanager
+def new_training(s, make_model=None):
+    """A train.Training in a folder that is deleted in the end; what it says is no result."""
+    with tempfile.TemporaryDirectory() as s.out_dir, contextlib.redirect_stdout(sys.stderr):
+        t = train.Training(s, train.Team(s.device), make_model)
+        try:
+            yield t
+        finally:
+            t.lock.release()
+
+
+def learn(s, make_model=None) -> train.Training:
+    """A training from its first to its last step, with a progress bar."""
+    with new_training(s, make_model) as t, tqdm(total=1.0, leave=False, disable=None) as bar:
+        while t.progress() < 1:
+            t.train_step()
+            bar.update(t.progress() - bar.n)
+    return t
+
+
+def speed(t: train.Training) -> float:
+    """Tokens a second."""
+    return t.step * t.rows * t.settings.block_size / t.seconds
+
+
 def nats_in_overlapping_windows(model, tokens: Tensor, length: int, autocast) -> float:
     """As windows, but each begins half a length after the last, and only what is new counts."""
     total, half = 0.0, length // 2
@@ -48,30 +131,19 @@ def nats_in_overlapping_windows(model, tokens: Tensor, length: int, autocast) ->
     return total
 
 
-def learn(s, path: str | None):
-    """Train for s.max_minutes MEGA or, with the path of its model.py, nanoGPT's, and say how well
-    it then predicts the validation split.
-    """
-    with tempfile.TemporaryDirectory() as s.out_dir, contextlib.redirect_stdout(sys.stderr):
-        make = None if path is None else functools.partial(NanoGPT, path)
-        t = train.Training(s, train.Team(s.device), make)
-        with tqdm(total=1.0, leave=False, disable=None) as bar:
-            while t.progress() < 1:
-                t.train_step()
-                bar.update(t.progress() - bar.n)
-    model, length = t.model.eval(), s.block_size
-    found = {}
-    for context in (str(length), *(("carried", "sliding") if path is None else ())):
-        name = f"windows of {context}" if context.isdigit() else context
-        found[name] = train.evaluate(model, t.corpus, "val", context, t.autocast)
-    if path is not None:
+def show(name: str, s, make_model=None):
+    """Train a model and say how well it then predicts the validation split."""
+    t, ours, length, found = learn(s, make_model), make_model is None, s.block_size, {}
+    for context in (str(length), *(("carried", "sliding") if ours else ())):
+        about = f"windows of {context}" if context.isdigit() else context
+        found[about] = train.evaluate(t.model, t.corpus, "val", context, t.autocast)
+    if not ours:
         tokens = torch.from_numpy(t.corpus.tokens["val"].astype(np.int64))
-        nats = nats_in_overlapping_windows(model, tokens, length, t.autocast)
+        nats = nats_in_overlapping_windows(t.model.eval(), tokens, length, t.autocast)
         found[f"overlapping windows of {length}"] = train.in_units(nats, t.corpus, "val")
-    speed = t.step * t.rows * length / t.seconds
     print(
-        f"{'MEGA' if path is None else 'nanoGPT'}, {s.dropout=}: {t.step} steps in "
-        f"{t.seconds:.0f} s, {speed:,.0f} tokens/s, train loss {np.mean(t.losses[-100:]):.4f}"
+        f"{name}, {s.dropout=}: {t.step} steps in {t.seconds:.0f} s, {speed(t):,.0f} tokens/s, "
+        f"train loss {np.mean(t.losses[-100:]):.4f}"
     )
     for context, result in found.items():
         print(f"    {train.report(f'val, {context}', result)}", flush=True)
@@ -79,15 +151,20 @@ def learn(s, path: str | None):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--nanogpt", required=True, help="the path of nanoGPT's model.py")
+    parser.add_argument("--transformers", action="store_true", help="their MEGA, too")
+    parser.add_argument("--nanogpt", metavar="MODEL_PY", help="nanoGPT's, too: its model.py")
     parser.add_argument("--nanogpt_dropout", default="0.2", help="in place of --dropout")
     parser.add_argument("--rounds", type=int, default=1)
     mine, others = parser.parse_known_args()
     train.keep_big_blocks()
     for _ in range(mine.rounds):
-        learn(train.read_settings(others), None)
-        flags = [*others, f"--dropout={mine.nanogpt_dropout}"]
-        learn(train.read_settings(flags), mine.nanogpt)
+        show("MEGA", train.read_settings(others))
+        if mine.transformers:
+            show("transformers' MEGA", train.read_settings(others), Transformers)
+        if mine.nanogpt:
+            flags = [*others, f"--dropout={mine.nanogpt_dropout}"]
+            make_model = functools.partial(NanoGPT, mine.nanogpt)
+            show("nanoGPT", train.read_settings(flags), make_model)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,179 @@
+"""Seven exercises. Write a function, then see whether its test passes:
+
+    pytest data/exercises.py                 # all; an unwritten one fails
+    pytest data/exercises.py -k half_life    # one of them
+
+They follow the README's lecture, from the moving average to a head of your own. test_mega.py has a
+solution of each, and a near miss that its test must find.
+"""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+import mega
+from data.learn import NoEMA
+from mega import MegaConfig, MegaForCausalLM, MegaHead, ema_direct, ema_recurrent
+
+
+def half_life(p: float, delta: float) -> float:
+    """After how many steps is half left of what a damped EMA has read?
+
+    p and delta are the paper's alpha and its damping, between 0 and 1; steps need not be whole.
+    """
+    raise NotImplementedError("write half_life")
+
+
+def recurrence(x: Tensor, u: Tensor, q: Tensor, g: Tensor) -> Tensor:
+    """The EMA of one channel by a loop over its steps: x (L,), u, q, g (N,) -> y (L,)."""
+    raise NotImplementedError("write recurrence")
+
+
+def kernel(ema, length: int) -> Tensor:
+    """The kernel (length,) of any linear, time-invariant `ema`, a function of x (L,) to y (L,).
+
+    You can't look into it; but you choose the x with which you call it, once.
+    """
+    raise NotImplementedError("write kernel")
+
+
+def join(first: tuple, second: tuple) -> tuple:
+    """Two pieces of a recurrence as one.
+
+    A piece (decay, new) of some steps turns a state h into decay * h + new: one step is (q, u x).
+    This is the operation with which `scan` needs log2(K) rounds for K pieces, not K.
+    """
+    raise NotImplementedError("write join")
+
+
+def cached_numbers(config: MegaConfig, length: int) -> int:
+    """How many numbers a decoder's cache holds after `length` tokens of one row.
+
+    Chunking or not; without pads and cross-attention.
+    """
+    raise NotImplementedError("write cached_numbers")
+
+
+def first_seen(position: int, chunk: int, layers: int) -> int:
+    """The first position that can change what a decoder without moving averages says at `position`.
+
+    It has chunks of so many tokens, and so many layers.
+    """
+    raise NotImplementedError("write first_seen")
+
+
+class RowRegression(MegaHead):
+    """One number for each row: a linear layer on the mean of the row's last hidden states.
+
+    Its output is named `classifier`, as MegaHead has it; logits are (B, 1), and with labels (B,)
+    the loss is the mean absolute error.
+    """
+
+    def __init__(self, config: MegaConfig):
+        raise NotImplementedError("write RowRegression")
+
+
+# ------------------------------------------------------------------------------------------- tests
+
+
+def coefficients(seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """u, q, g (D 3, N 4) in fp64."""
+    torch.manual_seed(seed)
+    u, g = torch.randn(2, 3, 4, dtype=torch.float64)
+    return u, torch.rand(3, 4, dtype=torch.float64), g
+
+
+@pytest.mark.parametrize(("p", "delta"), [(0.5, 0.5), (0.5, 1 - 1e-9), (0.9, 0.01), (0.02, 0.3)])
+def test_half_life(p, delta):
+    steps = half_life(p, delta)
+    for whole in (math.floor(steps), math.ceil(steps)):  # read once, then left alone
+        left = 1.0
+        for _ in range(whole):
+            left = (1 - p * delta) * left
+        assert left >= 0.5 - 1e-9 if whole <= steps else left <= 0.5
+    assert (1 - p * delta) ** steps == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("length", [1, 2, 9])
+def test_recurrence(length):
+    u, q, g = coefficients(length)
+    x = torch.randn(1, length, 3, dtype=torch.float64)
+    expected = ema_direct(x, u, q, g)
+    for d in range(3):
+        torch.testing.assert_close(recurrence(x[0, :, d], u[d], q[d], g[d]), expected[0, :, d])
+
+
+def test_kernel():
+    u, q, g = coefficients(0)
+    for d in range(3):
+
+        def ema(x, d=d):
+            assert x.shape == (7,)
+            return ema_direct(x.view(1, -1, 1).double(), *(t[d : d + 1] for t in (u, q, g))).view(
+                -1
+            )
+
+        expected = mega.ema_kernel(u, q, g, 7)[d]
+        torch.testing.assert_close(kernel(ema, 7), expected)
+
+
+def test_join():
+    u, q, g = (t[:1] for t in coefficients(1))
+    x = torch.randn(1, 6, 1, dtype=torch.float64)
+    steps = [(q, u * x[0, t]) for t in range(6)]
+    left = right = steps[0]
+    for step in steps[1:]:
+        left = join(left, step)
+    right = join(join(steps[0], steps[1]), join(join(steps[2], steps[3]), join(steps[4], steps[5])))
+    h = torch.randn(1, 1, 4, dtype=torch.float64)
+    expected = ema_recurrent(x, u, q, g, h)[1]
+    for decay, new in (left, right):
+        torch.testing.assert_close(decay * h + new, expected)
+
+
+def decoder(**changes) -> MegaConfig:
+    values = {
+        "vocab_size": 11, "hidden_size": 6, "intermediate_size": 10, "nffn_hidden_size": 8,
+        "ema_projection_size": 3, "shared_representation_size": 4, "num_hidden_layers": 3,
+        "is_decoder": True, "bidirectional": False,
+    }  # fmt: skip
+    return MegaConfig(**values | changes)
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 4, 7])
+def test_cached_numbers(chunk):
+    for sizes in ({}, {"hidden_size": 5, "ema_projection_size": 2, "num_hidden_layers": 1}):
+        config = decoder(use_chunking=chunk is not None, chunk_size=chunk or -1, **sizes)
+        model = MegaForCausalLM(config).eval()
+        for length in (1, 3, 4, 7, 13):
+            found = model.mega(torch.zeros(1, length, dtype=torch.long), use_cache=True).cache
+            numbers = sum(t.numel() for past in found.layers for t in past)
+            assert cached_numbers(config, length) == numbers
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("chunk", [2, 5])
+def test_first_seen(layers, chunk):
+    config = decoder(use_chunking=True, chunk_size=chunk, num_hidden_layers=layers)
+    model = MegaForCausalLM(config).double().eval()
+    for block in model.mega.layers:
+        block.mega_layer.ema_gate = NoEMA(config).double()
+    for position in range(12):
+        x = torch.randn(1, 12, 6, dtype=torch.float64, requires_grad=True)
+        model(inputs_embeds=x).logits[0, position].sum().backward()
+        seen = x.grad[0].abs().sum(-1).nonzero().flatten()
+        assert first_seen(position, chunk, layers) == seen.min()
+
+
+def test_row_regression():
+    config = MegaConfig(vocab_size=11, hidden_size=6, num_hidden_layers=1)
+    model = RowRegression(config).double().eval()
+    ids, labels = torch.randint(2, 11, (3, 5)), torch.tensor([1.0, -2.0, 30.0])
+    out = model(ids, labels=labels)
+    hidden = model.mega(ids).last_hidden_state.mean(1)
+    logits = hidden @ model.classifier.weight.T + model.classifier.bias
+    torch.testing.assert_close(out.logits, logits)
+    expected = (logits.squeeze(-1) - labels).abs().mean()
+    torch.testing.assert_close(out.loss, expected, check_dtype=False)
