@@ -1,0 +1,252 @@
+"""Draw the README's figures, data/figures/*.svg, from runs made on the spot.
+
+    python -m data.draw --nanogpt ../nanoGPT/model.py    # all of them, in about eight minutes
+    python -m data.draw kernels memory                   # some of them
+
+kernels, memory   the moving averages of the model in data/small, and of a new one
+cost              time and memory of the EMA's modes, and a training step, by length
+learning          what models of the experiments' size learn in a minute
+positions         what two of these predict at which position of a row
+
+transformers (4.40.2) and nanoGPT's model.py are not of this project: without them their curves are
+missing. Under each figure's name the numbers that it shows are printed.
+"""
+
+import functools
+import importlib.util
+import io
+import math
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib import rcParams
+from matplotlib.figure import Figure
+
+import train
+from data import compare, demo
+from data.experiments import half_lives, read_settings
+from data.learn import NanoGPT, NoEMA, Undamped, new_model_with, new_training, speed
+from data.prepare import DATA, Parser, UserError, run, write_whole
+from mega import MegaConfig, MegaForCausalLM, ema_kernel
+from sample import SMALL, load_model
+
+FIGURES = DATA / "figures"
+MINUTES = 0.8  # of each training
+EVERY = 0.1  # part of a training between two evaluations
+LENGTHS = (256, 1024, 4096, 16384)  # of a training step's rows
+STRIDE = 32  # between the starts of the windows of `positions`
+rcParams["svg.fonttype"] = "none"  # text stays text
+rcParams["svg.hashsalt"] = "mega"  # so that names inside a file do not change from run to run
+
+
+def new_figure(columns: int, width: float = 9.0, height: float = 3.2, **options):
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(1, columns, squeeze=False, **options)[0]
+    for ax in axes:
+        ax.grid(alpha=0.3)
+    return figure, axes
+
+
+def save(name: str, figure: Figure):
+    content = io.BytesIO()
+    figure.savefig(content, format="svg", metadata={"Date": None})
+    FIGURES.mkdir(exist_ok=True)
+    write_whole(FIGURES / f"{name}.svg", content.getvalue())
+
+
+# ------------------------------------------------------------------------------- a trained model
+
+
+def layers_of(options) -> dict:
+    """The moving averages of a new layer, and of those of the trained model."""
+    model, _ = load_model(options.model)
+    torch.manual_seed(0)
+    layers = {"new": MegaForCausalLM(model.config).mega.layers[0]}
+    layers |= {f"trained, layer {i + 1}": block for i, block in enumerate(model.mega.layers)}
+    return {name: block.mega_layer.ema_gate for name, block in layers.items()}
+
+
+@torch.no_grad()
+def kernels(options):
+    """Of some channels of each layer, each divided by its largest tap."""
+    layers, taps = layers_of(options), 32
+    figure, axes = new_figure(len(layers), 11, 2.6, sharey=True)
+    for ax, (name, ema) in zip(axes, layers.items(), strict=True):
+        kernel = ema_kernel(*ema.coefficients(), taps)
+        shown = kernel[:: len(kernel) // 8][:8]
+        ax.plot((shown / shown.abs().amax(-1, keepdim=True)).T, linewidth=1)
+        ax.set_title(name, fontsize=10)
+        ax.set_xlabel("tokens ago")
+        largest, where = kernel.abs().max(-1, keepdim=True)
+        late = (where > 0).double().mean().item()
+        far = kernel / largest
+        sign = ((far > 0.05).any(-1) & (far < -0.05).any(-1)).double().mean().item()
+        print(
+            f"  {name}: {late:.0%} of the kernels have their largest tap after the first, "
+            f"{sign:.0%} change their sign by more than 5% of it"
+        )
+    axes[0].set_ylabel("kernel / its largest tap")
+    save("kernels", figure)
+
+
+def memory(options):
+    """How many of a layer's hidden numbers have a half-life above so many tokens."""
+    figure, (ax,) = new_figure(1, 6)
+    for name, ema in layers_of(options).items():
+        lives = half_lives(ema).sort().values
+        share = 1 - torch.arange(len(lives)) / len(lives)
+        rows = torch.linspace(0, len(lives) - 1, 200).long()
+        style = {"color": "black", "linestyle": "--"} if name == "new" else {}
+        ax.loglog(lives[rows], share[rows], label=name, **style)
+        print(f"  {name}: median {lives.median():.1f} tokens, longest {lives[-1]:.0f}")
+    ax.set_xlabel("half-life in tokens")
+    ax.set_ylabel("part of the hidden numbers above it")
+    ax.legend(fontsize=8)
+    save("memory", figure)
+
+
+# ---------------------------------------------------------------------------------- time and space
+
+
+def cost(options):
+    """EMA modes, forward and backward (time, memory), and the training step, by length."""
+    figure, (ms, mib, steps) = new_figure(3, 11)
+    for mode in demo.EMA_MODES:
+        lengths = [n for n in (16, 64, 256, 1024, 4096, 16384) if n <= demo.LONGEST[mode]]
+        times, sizes = [], []
+        for length in lengths:
+            inputs = demo.ema_inputs(length, torch.float32)
+            work = functools.partial(demo.run_ema, mode, inputs)
+            times.append(1e3 * demo.seconds(lambda work=work: work().sum().backward()))
+            sizes.append(demo.kept_bytes(work) / 2**20)
+        ms.loglog(lengths, times, ".-", label=mode)
+        mib.loglog(lengths, sizes, ".-", label=mode)
+        found = zip(lengths, times, strict=True)
+        print(f"  {mode}: " + ", ".join(f"{n:,} {t:.1f} ms" for n, t in found), flush=True)
+    ms.set_title("the EMA, milliseconds", fontsize=10)
+    mib.set_title("the EMA, MiB kept for backward", fontsize=10)
+    models = {"this": lambda _: MegaForCausalLM(MegaConfig(**demo.MODEL))}
+    if options.transformers:
+        models["transformers"] = lambda _: compare.build_theirs()
+    if options.nanogpt:
+        models["nanoGPT"] = functools.partial(compare.build_nanogpt, options.nanogpt)
+    dtype = train.choose_dtype("auto", torch.device("cpu"))
+    for name, build in models.items():
+        speeds = []
+        for length in LENGTHS:
+            ids = torch.randint(3, demo.MODEL["vocab_size"], (max(4096 // length, 1), length))
+            work = functools.partial(compare.train_step, build(length).train(), ids, dtype)
+            speeds.append(ids.numel() / demo.seconds(work, 2))
+        steps.semilogx(LENGTHS, speeds, ".-", label=name)
+        found = zip(LENGTHS, speeds, strict=True)
+        print(f"  {name}: " + ", ".join(f"{n:,} {v:,.0f} tokens/s" for n, v in found), flush=True)
+    steps.set_title(f"training, tokens a second ({train.dtype_name(dtype)})", fontsize=10)
+    steps.set_ylim(bottom=0)
+    for ax in (ms, mib, steps):
+        ax.set_xlabel("length of a row")
+        ax.legend(fontsize=8)
+    save("cost", figure)
+
+
+# ---------------------------------------------------------------------------------------- learning
+
+
+@functools.cache
+def trained(name: str, make_model=None, **changes):
+    """A model after MINUTES of training, its corpus, and (minutes, bits a byte) on the way."""
+    s = read_settings(max_minutes=MINUTES, max_iters=10**6, **changes)
+    with new_training(s, make_model) as t:
+        curve = []
+        while t.progress() < 1:
+            t.train_step()
+            if t.progress() >= EVERY * (len(curve) + 1):
+                result = train.evaluate(t.model, t.corpus, "val", str(s.block_size), t.autocast)
+                curve.append((t.seconds / 60, result["bits_per_byte"]))
+    print(f"  {name}: {t.step} steps, {speed(t):,.0f} tokens/s, {curve[-1][1]:.3f} bits a byte")
+    return t, curve
+
+
+MODELS = {
+    "MEGA": (None, {}),
+    "no moving average": (functools.partial(new_model_with, NoEMA), {}),
+    "delta = 1": (functools.partial(new_model_with, Undamped), {}),
+    "N = 1": (None, {"ema_size": 1}),
+}
+
+
+def learn(name: str):
+    make_model, changes = MODELS[name]
+    return trained(name, make_model, **changes)
+
+
+def learning(options):
+    """Bits a byte of the validation split after so many minutes of training."""
+    figure, (ax,) = new_figure(1, 6)
+    curves = {name: learn(name)[1] for name in MODELS}
+    if options.nanogpt:
+        make_model = functools.partial(NanoGPT, options.nanogpt)
+        curves["nanoGPT"] = trained("nanoGPT", make_model)[1]
+    for name, curve in curves.items():
+        ax.plot(*zip(*curve, strict=True), ".-", label=name)
+    ax.set_xlabel("minutes of training")
+    ax.set_ylabel("bits a byte, windows of 512")
+    ax.legend(fontsize=8)
+    save("learning", figure)
+
+
+@torch.no_grad()
+def positions(options):
+    """Bits of each byte of windows that start everywhere, by its position in the window."""
+    figure, (ax,) = new_figure(1, 8)
+    for name in ("MEGA", "no moving average"):
+        t, _ = learn(name)
+        chunk = t.settings.chunk_size
+        length = 3 * chunk
+        tokens = torch.from_numpy(t.corpus.tokens["val"].astype(np.int64))
+        total, windows = 0, tokens.unfold(0, length + 1, STRIDE)
+        for rows in windows.split(64):
+            with t.autocast:
+                logits = t.model.eval()(rows[:, :-1], use_cache=False).logits
+            nats = F.cross_entropy(logits.float().mT, rows[:, 1:], reduction="none")
+            total = total + nats.double().sum(0)
+        bits = total / len(windows) / math.log(2)
+        means = bits.view(-1, 8).mean(1)
+        ax.plot(np.arange(0, length, 8) + 3.5, means, label=name)
+        first, last, after = bits[0], bits[chunk - 16 : chunk].mean(), bits[chunk : chunk + 16]
+        print(
+            f"  {name}: {first:.2f} bits at the first position, {last:.2f} at the last 16 of a "
+            f"chunk, {after[0]:.2f} at the first of the next, {after.mean():.2f} at its first 16"
+        )
+    for border in range(chunk, length, chunk):
+        ax.axvline(border, color="gray", linestyle=":")
+    ax.set_xlabel(f"position in the row; chunks of {chunk} end at the dotted lines")
+    ax.set_ylabel("bits a byte")
+    ax.legend(fontsize=8)
+    save("positions", figure)
+
+
+DRAWINGS = {draw.__name__: draw for draw in (kernels, memory, cost, learning, positions)}
+
+
+def main():
+    parser = Parser(__doc__)
+    parser.add_argument("names", nargs="*", help=f"{', '.join(DRAWINGS)}; none: all")
+    parser.add_argument("--model", default=SMALL, help="the checkpoint of kernels and memory")
+    parser.add_argument("--nanogpt", metavar="MODEL_PY", help="nanoGPT's model.py")
+    options = parser.parse_args()
+    for name in options.names:
+        if name not in DRAWINGS:
+            raise UserError(f"there is no figure {name!r}; choose of {', '.join(DRAWINGS)}")
+    options.transformers = importlib.util.find_spec("transformers") is not None
+    train.keep_big_blocks()
+    for name in options.names or DRAWINGS:
+        start = time.perf_counter()
+        print(f"{name}: {DRAWINGS[name].__doc__}")
+        DRAWINGS[name](options)
+        print(f"  ({time.perf_counter() - start:.0f} s)", flush=True)
+
+
+if __name__ == "__main__":
+    run(main)
