@@ -8,8 +8,10 @@ in fp32 a tolerance is stated. The order is that of mega.py's rooms.
 """
 
 import copy
+import dataclasses
 import functools
 import http.server
+import inspect
 import io
 import itertools
 import json
@@ -38,7 +40,7 @@ from hypothesis import strategies as st
 import mega
 import sample
 import train
-from data import prepare
+from data import checkpoint, compare, demo, draw, exercises, experiments, prepare
 from mega import (
     ACTIVATIONS,
     ATTENTION_FUNCTIONS,
@@ -3272,8 +3274,6 @@ def copied(tmp_path_factory):
 
 
 def test_the_demonstration_runs_and_its_modes_agree(monkeypatch, capsys):
-    from data import demo
-
     small = {"hidden_size": 16, "vocab_size": 64, "num_hidden_layers": 1}
     monkeypatch.setattr(demo, "MODEL", demo.MODEL | small)
     monkeypatch.setattr(demo, "LONGEST", dict.fromkeys(demo.LONGEST, 256))
@@ -3289,8 +3289,6 @@ def test_the_demonstration_runs_and_its_modes_agree(monkeypatch, capsys):
 
 
 def test_the_comparison_runs(monkeypatch, capsys, transformers):
-    from data import compare
-
     small = {"hidden_size": 16, "vocab_size": 64, "num_hidden_layers": 1}
     monkeypatch.setattr(compare, "MODEL", compare.MODEL | small)
     compare.main(["--lengths", "128", "--new_tokens", "3", "--rounds", "1", "--default_allocator"])
@@ -3311,7 +3309,7 @@ class GPTConfig:
     n_head: int
     n_embd: int
     dropout: float
-    bias: bool
+    bias: bool = True
 
 class GPT(nn.Module):  # as nanoGPT's is called; its past is the mean of all earlier tokens
     def __init__(self, config):
@@ -3320,6 +3318,7 @@ class GPT(nn.Module):  # as nanoGPT's is called; its past is the mean of all ear
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.wte.weight
         self.mix = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.transformer = None  # by this name data/compare.py knows nanoGPT's
 
     def forward(self, idx, targets):
         x = self.mix(self.wte(idx).cumsum(1))
@@ -3351,6 +3350,39 @@ def test_learning_beside_nanogpt_runs_and_its_windows_overlap(corpus, data, tmp_
     autocast = train.make_autocast(torch.device("cpu"), torch.float32)
     found = learn.nats_in_overlapping_windows(model, ids, 6, autocast)
     assert found == pytest.approx(expected, rel=1e-9)
+
+
+def test_transformers_mega_learns_from_our_initial_weights(transformers):
+    """Its loss is ours but for what it lacks, and on rows of no whole number of chunks."""
+    from data import learn
+
+    s, codec = train.read_settings(TINY), prepare.new_tokenizer("bytes", 0, [])
+    theirs = learn.Transformers(s, codec).eval()
+    config = train.new_model(s, codec).config
+    ours = MegaForCausalLM(dataclasses.replace(config, final_norm=False, scale_embedding=False))
+    ours.load_state_dict(theirs.lm.state_dict(), strict=False)
+    ids = token_ids(0, 3, 21, 256)
+    labels = ids.roll(-1, 1).masked_fill(ids % 5 == 0, -100)
+    expected = ours.eval()(ids, labels=labels, shift_labels=False).loss
+    close(theirs(ids, labels).loss, expected, 1e-6)
+    assert theirs.lm.config.hidden_dropout_prob == s.dropout
+
+
+@given(seeds)
+def test_what_is_left_of_a_layer_without_its_average_or_damping(seed):
+    from data import learn
+
+    config, x = decoder_config(), randn(seed, 2, 9, 8)
+    ema = randomized(DampedEMA(config), seed)
+    none, classical = learn.NoEMA(config).double(), learn.Undamped(config).double()
+    none.residual_weight.data = ema.residual_weight.data
+    classical.load_state_dict(ema.state_dict())
+    ema.decay_factor.data += 1e4  # its sigmoid is 1
+    close(classical(x)[0], ema(x)[0])
+    ema.kernel_projection_matrix.data *= 0
+    close(none(x)[0], ema(x)[0])
+    y, state = none(x, state=None)
+    close(none(x[:, 4:], state=state)[0], y[:, 4:])
 
 
 def test_the_scripts_work_from_end_to_end(copied, corpus, server):
@@ -3400,6 +3432,362 @@ def test_ctrl_c_saves_and_a_resume_goes_on(copied, corpus, number, evaluated):
     assert script(copied, "sample.py", "--out_dir", out, "--prompt=the").returncode == 0
     done = script(copied, "train.py", *arguments, "--resume", f"--max_iters={step + 2}")
     assert done.returncode == 0 and f"step {step + 2}: " in done.stdout
+
+
+# ------------------------------------------------------------- the README, experiments, exercises
+
+README = (PROJECT / "README.md").read_text("utf-8")
+SHRINK = [flag for flag in TINY if not flag.startswith(("--max_minutes", "--dropout"))]
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"(?ms)^```{language}\n(.*?)^```$", README)
+
+
+@pytest.fixture(scope="module")
+def cloned(tmp_path_factory):
+    """A copy of the project and what its README takes for granted: a text, a zip of WikiText, other
+    people's models. `python` there runs trainings of a few steps, pytest only collects.
+    """
+    root = tmp_path_factory.mktemp("clone")
+    folder, tools = root / "mega", root / "tools"
+    leave = shutil.ignore_patterns(".*", "out*", "__pycache__", "pydocs", "wikitext-*", "*_text")
+    shutil.copytree(PROJECT, folder, ignore=leave)
+    (folder / "my_text.txt").write_text(words(0, 300), encoding="utf-8")
+    wikitext = {f"wiki.{s}.raw": wiki(i).encode() for i, s in enumerate(("train", "valid", "test"))}
+    (folder / "wikitext-2-raw-v1.zip").write_bytes(zipfile_of(wikitext))
+    hub = root / "home" / "mega" / "mnaylor--mega-base-wikitext"
+    hub.mkdir(parents=True)
+    tokens = roberta_files(hub)
+    config = small_config(is_decoder=False, bidirectional=True, vocab_size=len(tokens))
+    mega.MegaForMaskedLM(config).save_pretrained(hub)
+    (root / "nanoGPT").mkdir()
+    (root / "nanoGPT" / "model.py").write_text(NANOGPT)
+    tools.mkdir()
+    python, train_flags = f'"{sys.executable}"', " ".join(SHRINK)
+    for name, lines in {
+        "python": f'case "$*" in\n'
+        f'*train.py*|*data.learn*) exec {python} "$@" {train_flags};;\n'
+        f'*"data.experiments "*) exec {python} "$@" --steps=2;;\nesac\nexec {python} "$@"',
+        "torchrun": f'exec {python} -m torch.distributed.run "$@" {train_flags}',
+        "pip": f'exec {python} -m pip "$@"',
+        "pytest": f'exec {python} -m pytest --collect-only -q "$@"',
+    }.items():
+        (tools / name).write_text(f"#!/bin/sh\n{lines}\n")
+        (tools / name).chmod(0o755)
+    environment = os.environ | {
+        "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}", "HF_HOME": str(root / "home"),
+        "https_proxy": "http://127.0.0.1:9", "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8",
+    }  # fmt: skip
+
+    def run(command: str, source: str | None = None) -> str:
+        done = subprocess.run(
+            command, shell=True, cwd=folder, env=environment, input=source or "",
+            capture_output=True, encoding="utf-8", timeout=300, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        return done.stdout
+
+    return run
+
+
+posix = pytest.mark.skipif(os.name == "nt", reason="the README's commands are of a POSIX shell")
+
+
+@posix
+def test_every_command_of_the_readme_runs(cloned):
+    for block in blocks("sh"):
+        for line in block.replace("\\\n", " ").splitlines():
+            cloned(line)
+
+
+@posix
+def test_every_python_block_of_the_readme_runs(cloned):
+    cloned("python -", "\n".join(blocks("python")))
+
+
+NUMBER = r"-?\d[\d,]*(?:\.\d+)?(?:e-?\d+)?%?"
+EXACT = ("memory", "cache")  # of the trained model alone: not of the Python's text, nor of a clock
+
+
+@posix
+@pytest.mark.parametrize("name", list(experiments.EXPERIMENTS))
+def test_every_experiment_runs_and_says_what_the_readme_shows(cloned, name):
+    """All words of its output, and the numbers where they are the same on every machine."""
+    command = f"python -m data.experiments {name}"
+    (shown,) = (b for b in blocks("text") if b.startswith(f"$ {command}\n"))
+    found, shown = cloned(command), shown.split("\n", 1)[1]
+    for text in (found, shown):
+        assert re.search(r"\n\(\d+ s\)\n*$", text)
+    found, shown = (
+        re.sub(r"\n\(\d+ s\)\n*$", "", text).split("\n\n", 1)[-1] for text in (found, shown)
+    )
+    if name in EXACT:
+        pairs = zip(re.findall(NUMBER, found), re.findall(NUMBER, shown), strict=True)
+        for a, b in pairs:
+            assert float(a.replace(",", "")) == pytest.approx(float(b.replace(",", "")), rel=0.02)
+    plain = [re.sub(rf"\s+|{NUMBER}", " ", text).split() for text in (found, shown)]
+    assert plain[0] == plain[1]
+    if name == "border":  # what a token changes fades with the distance
+        rows = [[*map(float, re.findall(r"\S+e-\d+", line))] for line in found.splitlines()]
+        columns = [*zip(*(row for row in rows if row), strict=True)]
+        assert len(columns) == 2 and all(c[0] > 0.1 > 100 * c[-1] > 0 for c in columns)
+
+
+def test_all_other_text_blocks_of_the_readme_are_of_commands_that_are_run():
+    commands = [line for block in blocks("sh") for line in block.splitlines()]
+    commands += [f"python -m data.experiments {name}" for name in experiments.EXPERIMENTS]
+    for block in blocks("text"):
+        for line in re.findall(r"(?m)^\$ (.*)$", block):
+            assert any(line in command for command in commands), line
+
+
+def resolve(path: str):
+    """What a dotted name in mega.py stands for."""
+    return functools.reduce(getattr, path.split("."), mega)
+
+
+def test_each_equation_of_the_readme_stands_in_the_function_that_it_names():
+    rows = re.findall(r"(?m)^\|[^|\n]*\|[^|\n]*\| `([\w.]+)` \| `(.+)` \|$", README)
+    assert len(rows) >= 15
+    for name, line in rows:
+        source = inspect.getsource(inspect.unwrap(resolve(name)))
+        assert line in source, (name, line)
+
+
+def test_the_readmes_table_of_parameters_is_that_of_the_model():
+    table = README.split("| name | paper | shape |")[1].split("\n\n")[0]
+    sizes = {"D": 7, "N": 3, "V": 11, "Z": 4, "F": 13, "P": 17, "vocab_size": 19}
+    known = set()
+    for bidirectional, bias in itertools.product((True, False), ("simple", "rotary")):
+        config = MegaConfig(
+            vocab_size=19, hidden_size=7, num_hidden_layers=1, intermediate_size=11,
+            ema_projection_size=3, shared_representation_size=4, nffn_hidden_size=13,
+            max_positions=17, bidirectional=bidirectional, relative_positional_bias=bias,
+            normalization_type="layernorm",
+        )  # fmt: skip
+        shapes = {k: tuple(v.shape) for k, v in MegaModel(config).state_dict().items()}
+        letters = sizes | {"E": 14 if bidirectional else 7}
+        for row in table.splitlines()[2:]:
+            names, _, shape = (cell.strip() for cell in row.split("|")[1:4])
+            wanted = eval(shape if "," in shape else f"({shape},)", {}, letters)
+            for name in re.findall("`(.+?)`", names):
+                found = [s for k, s in shapes.items() if k.endswith(name)]
+                assert all(s == wanted for s in found), name
+                known |= {k for k in shapes if k.endswith(name)}
+    assert not [k for k in shapes if not k.endswith("bias") and k not in known]
+
+
+def test_no_name_in_the_readme_is_stale():
+    """Each word of a `name` stands in the code too, or is a file's."""
+    paths = [*PROJECT.glob("*.*"), *PROJECT.glob("data/*"), *PROJECT.glob("data/small/*")]
+    files = " ".join(path.name for path in paths)
+    code = " ".join(
+        p.read_text("utf-8") for p in paths if p.suffix == ".py" and p != Path(__file__)
+    )
+    known = set(re.findall(r"\w+", f"{files} {code}"))
+    prose = re.sub(r"(?ms)^```.*?^```$|^\|.*?$", "", README)
+    named = set(re.findall(r"`([A-Za-z_][\w./*-]*)`", prose)) - {"test_fault_01_..."}
+    named |= set(re.findall(r"(?m)^\| `(\w+)` \|", README))
+    tests = set(re.findall(r"(?m)^def (test_\w+)", Path(__file__).read_text("utf-8")))
+    stale = [n for n in named - tests if not set(re.findall(r"\w+", n)) <= known]
+    assert not stale and len(named) > 60
+
+
+def test_the_readme_lists_all_words_and_heads():
+    for name in ("NORMS", "ATTENTION_FUNCTIONS", "POSITION_BIASES", "ACTIVATIONS"):
+        (words,) = re.findall(rf"(?m)^\| `{name}` \| (.*) \|$", README)
+        assert words.split(", ") == list(getattr(mega, name))
+    heads = {name for name in vars(mega) if re.fullmatch("MegaFor[A-Z].*", name)}
+    assert heads <= set(re.findall(r"`(MegaFor\w+)`", README))
+
+
+def test_the_readme_says_how_long_mega_py_is():
+    lines = len((PROJECT / "mega.py").read_text("utf-8").splitlines())
+    assert f"`mega.py` ({lines:,} lines)" in README
+
+
+def test_pictures_of_the_readme_exist_and_are_light():
+    pictures = re.findall(r"!\[[^]]+\]\((.+?)\)", README)
+    assert set(pictures) == {f"data/figures/{name}.svg" for name in draw.DRAWINGS}
+    for picture in pictures:
+        content = (PROJECT / picture).read_bytes()
+        assert len(content) < 200_000 and b"</svg>" in content
+
+
+def test_the_figures_are_drawn(tmp_path, monkeypatch, capsys, data, transformers):
+    small = {"hidden_size": 16, "vocab_size": 64, "num_hidden_layers": 1}
+    for module in (demo, compare):
+        monkeypatch.setattr(module, "MODEL", demo.MODEL | small)
+    monkeypatch.setattr(demo, "LONGEST", dict.fromkeys(demo.LONGEST, 64))
+    monkeypatch.setattr(draw, "LENGTHS", (128, 256))
+    monkeypatch.setattr(draw, "FIGURES", tmp_path / "figures")
+    monkeypatch.setattr(draw, "MINUTES", 0.005)
+    monkeypatch.setattr(draw, "STRIDE", 2048)
+    shrunk = {"n_layer": 1, "n_embd": 16, "block_size": 64, "chunk_size": 16}
+    monkeypatch.setattr(experiments, "TINY", experiments.TINY | shrunk)
+    (tmp_path / "model.py").write_text(NANOGPT)
+    assert call(draw.main, f"--nanogpt={tmp_path / 'model.py'}") == 0
+    shown = capsys.readouterr().out
+    assert "delta = 1: " in shown and "transformers: 128 " in shown and "nanoGPT: 128 " in shown
+    for name in draw.DRAWINGS:
+        assert f"{name}: " in shown and "</svg>" in (tmp_path / f"figures/{name}.svg").read_text()
+
+
+def half_life(p, delta):
+    return math.log(0.5) / math.log(1 - p * delta)
+
+
+def recurrence(x, u, q, g):
+    h, y = torch.zeros_like(u), torch.zeros_like(x)
+    for t in range(len(x)):
+        h = q * h + u * x[t]
+        y[t] = (g * h).sum()
+    return y
+
+
+def late_recurrence(x, u, q, g):
+    h, y = torch.zeros_like(u), torch.zeros_like(x)
+    for t in range(len(x)):
+        y[t] = (g * h).sum()
+        h = q * h + u * x[t]
+    return y
+
+
+class RowRegression(mega.MegaHead):
+    def __init__(self, config):
+        super().__init__(config, 1)
+
+    def features(self, out, mask):
+        return out.last_hidden_state.mean(1)
+
+    def loss(self, logits, labels):
+        return F.l1_loss(logits.squeeze(-1), labels)
+
+
+class WrongRowRegression(RowRegression):
+    def loss(self, logits, labels):
+        return F.l1_loss(logits, labels)  # (B, 1) beside (B,)
+
+
+def cached_numbers(config, length, largest=lambda length, chunk: length % chunk):
+    D, N, V = config.hidden_size, config.ema_projection_size, config.intermediate_size
+    R = largest(length, config.chunk_size) if config.use_chunking else length
+    return config.num_hidden_layers * (D * N + R * (config.shared_representation_size + V))
+
+
+SOLUTIONS = {  # a right one, and one that is nearly right
+    "half_life": (half_life, lambda p, delta: math.log(2) / (p * delta)),
+    "recurrence": (recurrence, late_recurrence),
+    "kernel": (
+        lambda ema, length: ema(torch.eye(length, dtype=torch.float64)[0]),
+        lambda ema, length: ema(torch.ones(length, dtype=torch.float64)),
+    ),
+    "join": (
+        lambda a, b: (a[0] * b[0], b[0] * a[1] + b[1]),
+        lambda a, b: (a[0] * b[0], a[0] * b[1] + a[1]),
+    ),
+    "cached_numbers": (
+        cached_numbers,
+        functools.partial(cached_numbers, largest=lambda length, chunk: min(length, chunk)),
+    ),
+    "first_seen": (
+        lambda position, chunk, layers: position - position % chunk,
+        lambda position, chunk, layers: max(position - layers * (chunk - 1), 0),
+    ),
+    "RowRegression": (RowRegression, WrongRowRegression),
+}
+
+
+def passes(name: str) -> bool:
+    """Whether an exercise's test passes with what `exercises.name` is now."""
+    test = getattr(exercises, f"test_{re.sub('(?<=[a-z])(?=[A-Z])', '_', name).lower()}")
+    cases = [{}]
+    for mark in getattr(test, "pytestmark", []):
+        names, values = mark.args
+        names = [names] if isinstance(names, str) else names
+        values = [v if isinstance(v, tuple) else (v,) for v in values]
+        cases = [c | dict(zip(names, v, strict=True)) for c in cases for v in values]
+    try:
+        for case in cases:
+            test(**case)
+        return True
+    except AssertionError:
+        return False
+
+
+@pytest.mark.filterwarnings("ignore:Using a target size")  # of a near miss
+@pytest.mark.parametrize("name", SOLUTIONS)
+def test_an_exercise_is_passed_by_its_solution_and_by_no_near_miss(name, monkeypatch):
+    with pytest.raises(NotImplementedError, match=name):
+        passes(name)
+    for solution, right in zip(SOLUTIONS[name], (True, False), strict=True):
+        monkeypatch.setattr(exercises, name, solution)
+        assert passes(name) == right
+    assert f"`{name}`" in README
+
+
+def test_there_are_as_many_exercises_as_experiments():
+    found = re.findall(
+        r"(?m)^(?:def|class) (\w+)", inspect.getsource(exercises).split("- tests")[0]
+    )
+    assert found == list(SOLUTIONS) and len(found) >= len(experiments.EXPERIMENTS)
+
+
+def test_an_unknown_experiment_or_figure_is_one_sentence(capsys):
+    for main in (experiments.main, draw.main):
+        assert call(main, "memry") == 2
+        error = capsys.readouterr().err
+        assert "'memry'; choose of " in error and error.count("\n") == 1
+    assert call(experiments.main) == 0
+    assert len(capsys.readouterr().out.splitlines()) == len(experiments.EXPERIMENTS)
+
+
+def test_the_small_model_is_sampled_until_there_is_another(tmp_path, trained, monkeypatch, capsys):
+    out, _ = trained
+    monkeypatch.chdir(tmp_path / "data" if (tmp_path / "data").exists() else tmp_path)
+    capsys.readouterr()
+    flags = ["--prompt=The function", "--max_new_tokens=20", "--temperature=0"]
+    assert call(sample.main, *flags) == 0
+    small = capsys.readouterr()
+    assert small.err.count("\n") == 1 and "no out/ yet" in small.err and "data/small" in small.err
+    assert small.out.startswith("The function") and len(small.out) > 40
+    monkeypatch.chdir(out.parent)
+    assert call(sample.main, *flags) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_the_small_model_is_small_in_bfloat16_and_predicts(data):
+    assert sum(p.stat().st_size for p in sample.SMALL.iterdir()) <= 6_000_000
+    weights = safetensors.torch.load_file(sample.SMALL / "model.safetensors")
+    assert {t.dtype for t in weights.values()} == {torch.bfloat16}
+    model, codec = sample.load_model(sample.SMALL)
+    text = "Return a new list containing all items from the iterable in ascending order."
+    ids = torch.tensor([[codec.end_of_text, *codec.encode(text)]])
+    bits = model(ids, labels=ids).loss.item() * (ids.shape[1] - 1) / math.log(2) / len(text)
+    assert bits < 2.2  # a new model has 12 bits a token, about 3.5 a byte
+
+
+def test_a_copy_of_a_checkpoint_in_bfloat16(trained, tmp_path, capsys):
+    out, _ = trained
+    assert call(checkpoint.main, out, tmp_path / "copy") == 0
+    assert "copy: 0.0" in capsys.readouterr().out
+    (model, codec), (copied, other) = sample.load_model(out), sample.load_model(tmp_path / "copy")
+    assert codec == other
+    for a, b in zip(model.parameters(), copied.parameters(), strict=True):
+        assert torch.equal(a.bfloat16().float(), b)
+
+
+def test_a_text_may_be_called_like_a_folder_of_the_project(data, tmp_path):
+    for name in prepare.TAKEN:
+        (tmp_path / f"{name}.txt").write_text(words(0, 50), encoding="utf-8")
+        assert prepare.prepare(str(tmp_path / f"{name}.txt"), vocab_size=300).name == f"{name}_text"
+
+
+def test_what_is_public_in_mega_py_says_what_it_does():
+    for name, value in vars(mega).items():
+        if getattr(value, "__module__", "") == "mega" and callable(value) and name != "<lambda>":
+            assert value.__doc__ and not value.__doc__.startswith(f"{name}("), name
 
 
 # ---------------------------------------------------------------- each head learns what it is for
