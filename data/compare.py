@@ -1,6 +1,7 @@
 """Speed beside other implementations, in one process and by turns: medians, in tokens/s.
 
     python -m data.compare --nanogpt ../nanoGPT/model.py     # needs transformers==4.40.2
+    python -m data.compare --mega_pytorch ../Mega-pytorch/mega_pytorch/mega_pytorch.py
 
 Training steps (forward, loss, backward; 4,096 tokens, or one row where longer) with nanoGPT's model
 of the same width and depth, forward passes, and greedy decoding of 1,024 tokens. By default blocks
@@ -17,7 +18,7 @@ from pathlib import Path
 import torch
 
 from data.demo import MODEL
-from mega import MegaConfig, MegaForCausalLM
+from mega import MegaConfig, MegaForCausalLM, MegaOutput, cross_entropy
 from train import keep_big_blocks
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -43,6 +44,20 @@ def build_nanogpt(path: str, length: int) -> torch.nn.Module:
     sizes = {"n_embd": MODEL["hidden_size"], "n_layer": MODEL["num_hidden_layers"], "n_head": 4}
     vocabulary = {"vocab_size": MODEL["vocab_size"], "block_size": length}
     return module.GPT(module.GPTConfig(dropout=0.0, **sizes, **vocabulary))
+
+
+class MegaPytorch(torch.nn.Module):
+    """lucidrains' model, whole rows and an output that is not tied, called as ours is."""
+
+    def __init__(self, path: str):
+        super().__init__()
+        sizes = {"dim": MODEL["hidden_size"], "depth": MODEL["num_hidden_layers"], "ff_mult": 2}
+        sizes |= {"ema_heads": 16, "attn_dim_qk": 64, "attn_dim_value": MODEL["intermediate_size"]}
+        options = {"num_tokens": MODEL["vocab_size"], "causal": True, "pre_norm": True}
+        self.lm = load_file(path).Mega(**sizes, **options)
+
+    def forward(self, ids: torch.Tensor, labels: torch.Tensor) -> MegaOutput:
+        return MegaOutput(loss=cross_entropy(self.lm(ids)[:, :-1].float(), labels[:, 1:]))
 
 
 def train_step(model: torch.nn.Module, ids: torch.Tensor, dtype: torch.dtype):
@@ -78,6 +93,7 @@ def by_turns(what: str, models: dict, work, tokens: int, rounds: int):
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--nanogpt", metavar="MODEL_PY", help="nanoGPT's model.py")
+    parser.add_argument("--mega_pytorch", metavar="PY", help="lucidrains' mega_pytorch.py")
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 16384])
     parser.add_argument("--new_tokens", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=5)
@@ -85,8 +101,9 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
     if not options.default_allocator:
         keep_big_blocks()
-    if options.nanogpt and not Path(options.nanogpt).is_file():
-        parser.error(f"there is no file {options.nanogpt}")
+    for path in filter(None, (options.nanogpt, options.mega_pytorch)):
+        if not Path(path).is_file():
+            parser.error(f"there is no file {path}")
     random_ids = functools.partial(torch.randint, 3, MODEL["vocab_size"])
     ours = MegaForCausalLM(MegaConfig(**MODEL))
     for dtype_name, dtype in DTYPES.items():
@@ -94,6 +111,8 @@ def main(arguments=None):
             models = {"this": ours.train(), "transformers": build_theirs().train()}
             if options.nanogpt:
                 models["nanoGPT"] = build_nanogpt(options.nanogpt, length)
+            if options.mega_pytorch:
+                models["Mega-pytorch"] = MegaPytorch(options.mega_pytorch).train()
             ids = random_ids((max(4096 // length, 1), length))
             step = functools.partial(train_step, ids=ids, dtype=dtype)
             by_turns(f"train, {dtype_name}, {length}", models, step, ids.numel(), options.rounds)
