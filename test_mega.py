@@ -3754,11 +3754,24 @@ def test_there_are_as_many_exercises_as_experiments():
     assert found == list(SOLUTIONS) and len(found) >= len(experiments.EXPERIMENTS)
 
 
-def test_an_unknown_experiment_or_figure_is_one_sentence(capsys):
-    for main in (experiments.main, draw.main):
-        assert call(main, "memry") == 2
+def test_a_wrong_flag_of_an_experiment_or_figure_is_one_sentence(capsys, masked):
+    from data import learn
+
+    folder, _, _ = masked
+    for main, flags, message in (
+        (experiments.main, ["memry"], "no experiment 'memry'; choose of "),
+        (experiments.main, ["dims", "--steps=0"], "--steps must be at least 1, got 0"),
+        (experiments.main, ["memory", "--model=nowhere"], "there is no checkpoint in nowhere"),
+        (experiments.main, ["border", f"--model={folder}"], "is no decoder with chunks"),
+        (experiments.main, ["cache", f"--model={folder}"], "is no decoder with chunks"),
+        (draw.main, ["memry"], "no figure 'memry'; choose of "),
+        (draw.main, ["kernels", f"--model={folder}"], "is no decoder with chunks"),
+        (draw.main, ["cost", "--nanogpt=none.py"], "there is no file none.py"),
+        (learn.main, ["--nanogpt=none.py"], "there is no file none.py"),
+    ):
+        assert call(main, *flags) == 2
         error = capsys.readouterr().err
-        assert "'memry'; choose of " in error and error.count("\n") == 1
+        assert message in error and error.count("\n") == 1, error
     assert call(experiments.main) == 0
     assert len(capsys.readouterr().out.splitlines()) == len(experiments.EXPERIMENTS)
 

@@ -17,6 +17,7 @@ import importlib.util
 import io
 import math
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -26,11 +27,11 @@ from matplotlib.figure import Figure
 
 import train
 from data import compare, demo
-from data.experiments import half_lives, read_settings
+from data.experiments import half_lives, load_decoder, read_settings
 from data.learn import NanoGPT, NoEMA, Undamped, new_model_with, new_training, speed
 from data.prepare import DATA, Parser, UserError, run, write_whole
 from mega import MegaConfig, MegaForCausalLM, ema_kernel
-from sample import SMALL, load_model
+from sample import SMALL
 
 FIGURES = DATA / "figures"
 MINUTES = 0.8  # of each training
@@ -61,7 +62,7 @@ def save(name: str, figure: Figure):
 
 def layers_of(options) -> dict:
     """The moving averages of a new layer, and of those of the trained model."""
-    model, _ = load_model(options.model)
+    model, _ = load_decoder(options.model)
     torch.manual_seed(0)
     layers = {"new": MegaForCausalLM(model.config).mega.layers[0]}
     layers |= {f"trained, layer {i + 1}": block for i, block in enumerate(model.mega.layers)}
@@ -239,6 +240,8 @@ def main():
     for name in options.names:
         if name not in DRAWINGS:
             raise UserError(f"there is no figure {name!r}; choose of {', '.join(DRAWINGS)}")
+    if options.nanogpt and not Path(options.nanogpt).is_file():
+        raise UserError(f"there is no file {options.nanogpt}; --nanogpt is nanoGPT's model.py")
     options.transformers = importlib.util.find_spec("transformers") is not None
     train.keep_big_blocks()
     for name in options.names or DRAWINGS:

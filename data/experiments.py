@@ -47,13 +47,21 @@ def compare(options, *models):
 # -------------------------------------------------------------------------------- a trained model
 
 
+def load_decoder(source: str):
+    """A trained model and its tokenizer; UserError unless it is a decoder with chunks."""
+    model, codec = load_model(source)
+    if not (model.config.is_decoder and model.config.use_chunking):
+        raise UserError(f"{source} is no decoder with chunks; give the folder of one of train.py's")
+    return model, codec
+
+
 def memory(options):
     """What does each layer remember?
 
     The half-life of a hidden number, ln 2 / -ln q, is the number of tokens after which half of what
     was written to it is left. A layer has D times N of them.
     """
-    model, _ = load_model(options.model)
+    model, _ = load_decoder(options.model)
     torch.manual_seed(0)
     layers = {"new, any layer": MegaForCausalLM(model.config).mega.layers[0]}
     layers |= {f"trained, layer {i + 1}": block for i, block in enumerate(model.mega.layers)}
@@ -77,7 +85,7 @@ def border(options):
     change? The first token of a chunk is seen by attention through all of the chunk. The last one
     is seen by no later query: what comes of it went through moving averages.
     """
-    model, codec = load_model(options.model)
+    model, codec = load_decoder(options.model)
     chunk, tokens = model.config.chunk_size, val_tokens(codec)
     rows = tokens[: len(tokens) // (3 * chunk) * 3 * chunk].view(-1, 3 * chunk)
     ranges = [(1, 1), (2, 3), (4, 7), (8, 15), (16, 31), (32, 63), (64, 126)]
@@ -118,7 +126,7 @@ def cache(options):
     A layer keeps the state of its moving averages, D N numbers, and of the open chunk the keys, Z
     numbers a token, and the values, V numbers. A Transformer keeps 2 D numbers of every token.
     """
-    model, codec = load_model(options.model)
+    model, codec = load_decoder(options.model)
     config = model.config
     whole = MegaForCausalLM(replace(config, use_chunking=False)).eval()
     ids = torch.randint(codec.size, (1, 10_000))
@@ -186,6 +194,8 @@ def main():
     for name in options.names:
         if name not in [*EXPERIMENTS, "all"]:
             raise UserError(f"there is no experiment {name!r}; choose of {', '.join(EXPERIMENTS)}")
+    if options.steps < 1:
+        raise UserError(f"--steps must be at least 1, got {options.steps}")
     if not options.names:
         for name, answer in EXPERIMENTS.items():
             print(f"{name:10} {answer.__doc__.splitlines()[0]}")
