@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from data.demo import MODEL
+from data.prepare import UserError, run
 from mega import MegaConfig, MegaForCausalLM, MegaOutput, cross_entropy
 from train import keep_big_blocks
 
@@ -29,6 +30,12 @@ def build_theirs(**changes) -> torch.nn.Module:
 
     transformers.logging.set_verbosity_error()
     return transformers.MegaForCausalLM(transformers.MegaConfig(**MODEL | changes))
+
+
+def check_file(path: str | None):
+    """UserError if a path given is not a file's, before the work that ends with loading it."""
+    if path is not None and not Path(path).is_file():
+        raise UserError(f"there is no file {path}; give that of other people's model")
 
 
 def load_file(path: str):
@@ -101,9 +108,8 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
     if not options.default_allocator:
         keep_big_blocks()
-    for path in filter(None, (options.nanogpt, options.mega_pytorch)):
-        if not Path(path).is_file():
-            parser.error(f"there is no file {path}")
+    check_file(options.nanogpt)
+    check_file(options.mega_pytorch)
     random_ids = functools.partial(torch.randint, 3, MODEL["vocab_size"])
     ours = MegaForCausalLM(MegaConfig(**MODEL))
     for dtype_name, dtype in DTYPES.items():
@@ -143,4 +149,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

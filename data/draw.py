@@ -17,7 +17,6 @@ import importlib.util
 import io
 import math
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -27,9 +26,9 @@ from matplotlib.figure import Figure
 
 import train
 from data import compare, demo
-from data.experiments import half_lives, load_decoder, read_settings
+from data.experiments import check_names, half_lives, load_decoder, read_settings
 from data.learn import NanoGPT, NoEMA, Undamped, new_model_with, new_training, speed
-from data.prepare import DATA, Parser, UserError, run, write_whole
+from data.prepare import DATA, Parser, run, write_whole
 from mega import MegaConfig, MegaForCausalLM, ema_kernel
 from sample import SMALL
 
@@ -237,11 +236,8 @@ def main():
     parser.add_argument("--model", default=SMALL, help="the checkpoint of kernels and memory")
     parser.add_argument("--nanogpt", metavar="MODEL_PY", help="nanoGPT's model.py")
     options = parser.parse_args()
-    for name in options.names:
-        if name not in DRAWINGS:
-            raise UserError(f"there is no figure {name!r}; choose of {', '.join(DRAWINGS)}")
-    if options.nanogpt and not Path(options.nanogpt).is_file():
-        raise UserError(f"there is no file {options.nanogpt}; --nanogpt is nanoGPT's model.py")
+    check_names("figure", options.names, DRAWINGS)
+    compare.check_file(options.nanogpt)
     options.transformers = importlib.util.find_spec("transformers") is not None
     train.keep_big_blocks()
     for name in options.names or DRAWINGS:

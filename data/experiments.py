@@ -185,15 +185,20 @@ EXPERIMENTS = (memory, border, cache, damping, dims, chunks, attention)
 EXPERIMENTS = {answer.__name__: answer for answer in EXPERIMENTS}
 
 
+def check_names(what: str, names: list[str], known):
+    """UserError if one of the names is not known."""
+    for name in names:
+        if name not in known:
+            raise UserError(f"there is no {what} {name!r}; choose of {', '.join(known)}")
+
+
 def main():
     parser = Parser(__doc__)
     parser.add_argument("names", nargs="*", help=f"{', '.join(EXPERIMENTS)}, or all")
     parser.add_argument("--model", default=SMALL, help="the checkpoint to look into")
     parser.add_argument("--steps", type=int, default=300, help="of 2,048 tokens (default: 300)")
     options = parser.parse_args()
-    for name in options.names:
-        if name not in [*EXPERIMENTS, "all"]:
-            raise UserError(f"there is no experiment {name!r}; choose of {', '.join(EXPERIMENTS)}")
+    check_names("experiment", options.names, [*EXPERIMENTS, "all"])
     if options.steps < 1:
         raise UserError(f"--steps must be at least 1, got {options.steps}")
     if not options.names:

@@ -11,7 +11,6 @@ import contextlib
 import functools
 import sys
 import tempfile
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,8 +19,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import train
-from data.compare import load_file
-from data.prepare import UserError, run
+from data.compare import check_file, load_file
+from data.prepare import run
 from mega import DampedEMA, MegaConfig, MegaForCausalLM, MegaOutput, cross_entropy
 
 # ------------------------------------------------------------------------------------ other models
@@ -157,8 +156,7 @@ def main():
     parser.add_argument("--nanogpt_dropout", default="0.2", help="in place of --dropout")
     parser.add_argument("--rounds", type=int, default=1)
     mine, others = parser.parse_known_args()
-    if mine.nanogpt and not Path(mine.nanogpt).is_file():
-        raise UserError(f"there is no file {mine.nanogpt}; --nanogpt is nanoGPT's model.py")
+    check_file(mine.nanogpt)
     train.keep_big_blocks()
     for _ in range(mine.rounds):
         show("MEGA", train.read_settings(others))
