@@ -1030,8 +1030,9 @@ class LanguageModel(MegaHead):
     def forward(self, input_ids=None, attention_mask=None, *, labels=None, output_logits=None,
                 **inputs) -> MegaOutput:  # fmt: skip
         """As MegaHead's; output_logits=None leaves them out in training steps of many positions."""
-        whole = not self.training or labels is None or labels.numel() <= SLICE
-        if labels is None or (whole if output_logits is None else output_logits):
+        if output_logits is None:
+            output_logits = not self.training or labels is None or labels.numel() <= SLICE
+        if output_logits or labels is None:
             return super().forward(input_ids, attention_mask, labels=labels, **inputs)
         out, seen = self.mega(input_ids, attention_mask, **inputs), labels != -100
         check_shape("labels", labels, *out.last_hidden_state.shape[:2])

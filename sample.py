@@ -174,7 +174,8 @@ def find_out() -> str:
 def main():
     parser = Parser(__doc__)
     parser.add_argument("--prompt", help='text to continue; "-" or a pipe: standard input')
-    help_model = "the checkpoint: a folder, or owner/name on Hugging Face's hub (default: out)"
+    help_model = "the checkpoint: a folder, or owner/name on Hugging Face's hub (default: out, or"
+    help_model += " data/small while there is none)"
     parser.add_argument("--model", "--out_dir", help=help_model)
     tasks = ("generate", "fill-mask")
     parser.add_argument("--task", default="generate", choices=tasks, help="default: generate")

@@ -3377,7 +3377,7 @@ def test_transformers_mega_learns_from_our_initial_weights(transformers):
     config, weights = start.config, theirs.lm.state_dict()
     assert all(torch.equal(value, weights[name]) for name, value in start.state_dict().items())
     ours = MegaForCausalLM(dataclasses.replace(config, final_norm=False, scale_embedding=False))
-    ours.load_state_dict(theirs.lm.state_dict(), strict=False)
+    ours.load_state_dict(weights, strict=False)
     ids = token_ids(0, 3, 21, 256)
     labels = ids.roll(-1, 1).masked_fill(ids % 5 == 0, -100)
     expected = ours.eval()(ids, labels=labels, shift_labels=False).loss
@@ -3781,7 +3781,7 @@ def test_a_wrong_flag_of_an_experiment_or_figure_is_one_sentence(capsys, masked)
 
 def test_the_small_model_is_sampled_until_there_is_another(tmp_path, trained, monkeypatch, capsys):
     out, _ = trained
-    monkeypatch.chdir(tmp_path / "data" if (tmp_path / "data").exists() else tmp_path)
+    monkeypatch.chdir(tmp_path / "data")
     capsys.readouterr()
     flags = ["--prompt=The function", "--max_new_tokens=20", "--temperature=0"]
     assert call(sample.main, *flags) == 0
@@ -3791,6 +3791,15 @@ def test_the_small_model_is_sampled_until_there_is_another(tmp_path, trained, mo
     monkeypatch.chdir(out.parent)
     assert call(sample.main, *flags) == 0
     assert capsys.readouterr().err == ""
+
+
+def test_what_gets_over_a_border_is_asked_within_a_chunk(trained, capsys):
+    """Also in a model with shorter chunks, here of 8."""
+    out, _ = trained
+    capsys.readouterr()
+    assert call(experiments.main, "border", f"--model={out}") == 0
+    shown = capsys.readouterr().out
+    assert "4 to 7 " in shown and "8 to 15" not in shown and "nan" not in shown
 
 
 def test_the_small_model_is_small_in_bfloat16_and_predicts(data):
@@ -3804,8 +3813,12 @@ def test_the_small_model_is_small_in_bfloat16_and_predicts(data):
     assert bits < 2.2  # a new model has 12 bits a token, about 3.5 a byte
 
 
-def test_a_copy_of_a_checkpoint_in_bfloat16(trained, tmp_path, capsys):
+def test_a_copy_of_a_checkpoint_in_bfloat16(trained, masked, tmp_path, capsys):
     out, _ = trained
+    assert call(checkpoint.main, masked[0], tmp_path / "other") == 2
+    error = capsys.readouterr().err
+    assert "has not one of train.py's tokenizers" in error and error.count("\n") == 1
+    assert not (tmp_path / "other").exists()
     assert call(checkpoint.main, out, tmp_path / "copy") == 0
     assert "copy: 0.0" in capsys.readouterr().out
     (model, codec), (copied, other) = sample.load_model(out), sample.load_model(tmp_path / "copy")

@@ -314,6 +314,10 @@ class Corpus:
         self.spare = pairs - self.windows * block_size
         self.orders = {}  # of this epoch and the last one
 
+    def ids(self, split: str) -> Tensor:
+        """A whole split, (T,)."""
+        return torch.from_numpy(self.tokens[split].astype(np.int64))
+
     def epoch(self, number: int) -> np.ndarray:
         """Where the windows of an epoch start: a new order, and other borders in the text."""
         if number not in self.orders:
@@ -419,7 +423,7 @@ def evaluate(model: MegaForCausalLM, corpus: Corpus, split: str, context: str, a
         "sliding"  so twice, the second time with the chunks half of their length later, and of
                    both the loss counts where attention sees more: at least half a chunk.
     """
-    tokens = torch.from_numpy(corpus.tokens[split].astype(np.int64))
+    tokens = corpus.ids(split)
     training = model.training
     model.eval()
     if context in ("carried", "sliding"):

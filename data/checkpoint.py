@@ -145,7 +145,7 @@ def misfit(config, name: str, found: Tensor | None, asked: Tensor) -> str:
 
 
 def main():
-    from data.prepare import Parser, save_tokenizer
+    from data.prepare import Parser, Tokenizer, UserError, save_tokenizer
     from sample import load_model
 
     parser = Parser(__doc__)
@@ -153,6 +153,8 @@ def main():
     parser.add_argument("folder", type=Path, help="where its copy goes")
     options = parser.parse_args()
     model, codec = load_model(options.source)
+    if not isinstance(codec, Tokenizer):
+        raise UserError(f"{options.source} has not one of train.py's tokenizers; copy its files")
     write(model.bfloat16(), options.folder)
     save_tokenizer(codec, options.folder)
     size = sum(path.stat().st_size for path in options.folder.iterdir())

@@ -1,11 +1,11 @@
 """Draw the README's figures, data/figures/*.svg, from runs made on the spot.
 
-    python -m data.draw --nanogpt ../nanoGPT/model.py    # all of them, in about eight minutes
+    python -m data.draw --nanogpt ../nanoGPT/model.py    # all of them, in seven minutes
     python -m data.draw kernels memory                   # some of them
 
 kernels, memory   the moving averages of the model in data/small, and of a new one
 cost              time and memory of the EMA's modes, and a training step, by length
-learning          what models of the experiments' size learn in a minute
+learning          what models of the experiments' size learn in MINUTES
 positions         what two of these predict at which position of a row
 
 transformers (4.40.2) and nanoGPT's model.py are not of this project: without them their curves are
@@ -26,8 +26,8 @@ from matplotlib.figure import Figure
 
 import train
 from data import compare, demo
-from data.experiments import check_names, half_lives, load_decoder, read_settings
-from data.learn import NanoGPT, NoEMA, Undamped, new_model_with, new_training, speed
+from data.experiments import check_names, half_lives, layers_of, read_settings
+from data.learn import NanoGPT, NoEMA, Undamped, learn, new_model_with, speed
 from data.prepare import DATA, Parser, run, write_whole
 from mega import MegaConfig, MegaForCausalLM, ema_kernel
 from sample import SMALL
@@ -59,30 +59,20 @@ def save(name: str, figure: Figure):
 # ------------------------------------------------------------------------------- a trained model
 
 
-def layers_of(options) -> dict:
-    """The moving averages of a new layer, and of those of the trained model."""
-    model, _ = load_decoder(options.model)
-    torch.manual_seed(0)
-    layers = {"new": MegaForCausalLM(model.config).mega.layers[0]}
-    layers |= {f"trained, layer {i + 1}": block for i, block in enumerate(model.mega.layers)}
-    return {name: block.mega_layer.ema_gate for name, block in layers.items()}
-
-
 @torch.no_grad()
 def kernels(options):
     """Of some channels of each layer, each divided by its largest tap."""
-    layers, taps = layers_of(options), 32
+    layers, taps = layers_of(options.model), 32
     figure, axes = new_figure(len(layers), 11, 2.6, sharey=True)
     for ax, (name, ema) in zip(axes, layers.items(), strict=True):
         kernel = ema_kernel(*ema.coefficients(), taps)
-        shown = kernel[:: len(kernel) // 8][:8]
-        ax.plot((shown / shown.abs().amax(-1, keepdim=True)).T, linewidth=1)
+        largest, where = kernel.abs().max(-1, keepdim=True)
+        shape = kernel / largest
+        ax.plot(shape[:: len(shape) // 8][:8].T, linewidth=1)
         ax.set_title(name, fontsize=10)
         ax.set_xlabel("tokens ago")
-        largest, where = kernel.abs().max(-1, keepdim=True)
         late = (where > 0).double().mean().item()
-        far = kernel / largest
-        sign = ((far > 0.05).any(-1) & (far < -0.05).any(-1)).double().mean().item()
+        sign = ((shape > 0.05).any(-1) & (shape < -0.05).any(-1)).double().mean().item()
         print(
             f"  {name}: {late:.0%} of the kernels have their largest tap after the first, "
             f"{sign:.0%} change their sign by more than 5% of it"
@@ -94,11 +84,11 @@ def kernels(options):
 def memory(options):
     """How many of a layer's hidden numbers have a half-life above so many tokens."""
     figure, (ax,) = new_figure(1, 6)
-    for name, ema in layers_of(options).items():
+    for name, ema in layers_of(options.model).items():
         lives = half_lives(ema).sort().values
         share = 1 - torch.arange(len(lives)) / len(lives)
         rows = torch.linspace(0, len(lives) - 1, 200).long()
-        style = {"color": "black", "linestyle": "--"} if name == "new" else {}
+        style = {"color": "black", "linestyle": "--"} if name.startswith("new") else {}
         ax.loglog(lives[rows], share[rows], label=name, **style)
         print(f"  {name}: median {lives.median():.1f} tokens, longest {lives[-1]:.0f}")
     ax.set_xlabel("half-life in tokens")
@@ -128,7 +118,7 @@ def cost(options):
     ms.set_title("the EMA, milliseconds", fontsize=10)
     mib.set_title("the EMA, MiB kept for backward", fontsize=10)
     models = {"this": lambda _: MegaForCausalLM(MegaConfig(**demo.MODEL))}
-    if options.transformers:
+    if importlib.util.find_spec("transformers"):
         models["transformers"] = lambda _: compare.build_theirs()
     if options.nanogpt:
         models["nanoGPT"] = functools.partial(compare.build_nanogpt, options.nanogpt)
@@ -156,14 +146,14 @@ def cost(options):
 @functools.cache
 def trained(name: str, make_model=None, **changes):
     """A model after MINUTES of training, its corpus, and (minutes, bits a byte) on the way."""
-    s = read_settings(max_minutes=MINUTES, max_iters=10**6, **changes)
-    with new_training(s, make_model) as t:
-        curve = []
-        while t.progress() < 1:
-            t.train_step()
-            if t.progress() >= EVERY * (len(curve) + 1):
-                result = train.evaluate(t.model, t.corpus, "val", str(s.block_size), t.autocast)
-                curve.append((t.seconds / 60, result["bits_per_byte"]))
+    s, curve = read_settings(max_minutes=MINUTES, max_iters=10**6, **changes), []
+
+    def evaluate(t: train.Training):
+        if t.progress() >= EVERY * (len(curve) + 1):
+            result = train.evaluate(t.model, t.corpus, "val", str(s.block_size), t.autocast)
+            curve.append((t.seconds / 60, result["bits_per_byte"]))
+
+    t = learn(s, make_model, evaluate)
     print(f"  {name}: {t.step} steps, {speed(t):,.0f} tokens/s, {curve[-1][1]:.3f} bits a byte")
     return t, curve
 
@@ -176,15 +166,10 @@ MODELS = {
 }
 
 
-def learn(name: str):
-    make_model, changes = MODELS[name]
-    return trained(name, make_model, **changes)
-
-
 def learning(options):
     """Bits a byte of the validation split after so many minutes of training."""
     figure, (ax,) = new_figure(1, 6)
-    curves = {name: learn(name)[1] for name in MODELS}
+    curves = {name: trained(name, make, **changes)[1] for name, (make, changes) in MODELS.items()}
     if options.nanogpt:
         make_model = functools.partial(NanoGPT, options.nanogpt)
         curves["nanoGPT"] = trained("nanoGPT", make_model)[1]
@@ -201,14 +186,15 @@ def positions(options):
     """Bits of each byte of windows that start everywhere, by its position in the window."""
     figure, (ax,) = new_figure(1, 8)
     for name in ("MEGA", "no moving average"):
-        t, _ = learn(name)
+        make_model, changes = MODELS[name]
+        t, _ = trained(name, make_model, **changes)
         chunk = t.settings.chunk_size
         length = 3 * chunk
-        tokens = torch.from_numpy(t.corpus.tokens["val"].astype(np.int64))
-        total, windows = 0, tokens.unfold(0, length + 1, STRIDE)
+        total, windows = 0, t.corpus.ids("val").unfold(0, length + 1, STRIDE)
+        model = t.model.eval()
         for rows in windows.split(64):
             with t.autocast:
-                logits = t.model.eval()(rows[:, :-1], use_cache=False).logits
+                logits = model(rows[:, :-1], use_cache=False).logits
             nats = F.cross_entropy(logits.float().mT, rows[:, 1:], reduction="none")
             total = total + nats.double().sum(0)
         bits = total / len(windows) / math.log(2)
@@ -238,7 +224,6 @@ def main():
     options = parser.parse_args()
     check_names("figure", options.names, DRAWINGS)
     compare.check_file(options.nanogpt)
-    options.transformers = importlib.util.find_spec("transformers") is not None
     train.keep_big_blocks()
     for name in options.names or DRAWINGS:
         start = time.perf_counter()

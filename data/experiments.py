@@ -55,19 +55,24 @@ def load_decoder(source: str):
     return model, codec
 
 
+def layers_of(source: str) -> dict[str, DampedEMA]:
+    """The moving averages of a new layer and of those of a trained model."""
+    model, _ = load_decoder(source)
+    torch.manual_seed(0)
+    layers = {"new, any layer": MegaForCausalLM(model.config).mega.layers[0]}
+    layers |= {f"trained, layer {i + 1}": block for i, block in enumerate(model.mega.layers)}
+    return {name: block.mega_layer.ema_gate for name, block in layers.items()}
+
+
 def memory(options):
     """What does each layer remember?
 
     The half-life of a hidden number, ln 2 / -ln q, is the number of tokens after which half of what
     was written to it is left. A layer has D times N of them.
     """
-    model, _ = load_decoder(options.model)
-    torch.manual_seed(0)
-    layers = {"new, any layer": MegaForCausalLM(model.config).mega.layers[0]}
-    layers |= {f"trained, layer {i + 1}": block for i, block in enumerate(model.mega.layers)}
     print(f"{'':18}{'a tenth below':>15}{'half below':>12}{'a tenth above':>15}{'longest':>9}")
-    for name, block in layers.items():
-        lives = half_lives(block.mega_layer.ema_gate)
+    for name, ema in layers_of(options.model).items():
+        lives = half_lives(ema)
         low, middle, high, longest = (lives.quantile(part).item() for part in (0.1, 0.5, 0.9, 1))
         print(f"{name:18}{low:15.1f}{middle:12.1f}{high:15.1f}{longest:9.1f}")
 
@@ -89,6 +94,7 @@ def border(options):
     chunk, tokens = model.config.chunk_size, val_tokens(codec)
     rows = tokens[: len(tokens) // (3 * chunk) * 3 * chunk].view(-1, 3 * chunk)
     ranges = [(1, 1), (2, 3), (4, 7), (8, 15), (16, 31), (32, 63), (64, 126)]
+    ranges = [(a, b) for a, b in ranges if b < chunk]
     found = []
     for at in (chunk, chunk - 1):
         changed = rows.clone()
@@ -181,8 +187,8 @@ def attention(options):
     )
 
 
-EXPERIMENTS = (memory, border, cache, damping, dims, chunks, attention)
-EXPERIMENTS = {answer.__name__: answer for answer in EXPERIMENTS}
+ANSWERS = (memory, border, cache, damping, dims, chunks, attention)
+EXPERIMENTS = {answer.__name__: answer for answer in ANSWERS}
 
 
 def check_names(what: str, names: list[str], known):

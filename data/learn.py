@@ -95,23 +95,18 @@ def new_model_with(ema: type[nn.Module], s, codec) -> MegaForCausalLM:
 # ---------------------------------------------------------------------------------------- learning
 
 
-@contextlib.contextmanager
-def new_training(s, make_model=None):
-    """A train.Training in a folder that is deleted in the end; what it says is no result."""
+def learn(s, make_model=None, after_step=lambda t: None) -> train.Training:
+    """A training from its first to its last step, in a folder that is deleted in the end."""
     with tempfile.TemporaryDirectory() as s.out_dir, contextlib.redirect_stdout(sys.stderr):
-        t = train.Training(s, train.Team(s.device), make_model)
+        t = train.Training(s, train.Team(s.device), make_model)  # what it says is no result
         try:
-            yield t
+            with tqdm(total=1.0, leave=False, disable=None) as bar:
+                while t.progress() < 1:
+                    t.train_step()
+                    after_step(t)
+                    bar.update(t.progress() - bar.n)
         finally:
             t.lock.release()
-
-
-def learn(s, make_model=None) -> train.Training:
-    """A training from its first to its last step, with a progress bar."""
-    with new_training(s, make_model) as t, tqdm(total=1.0, leave=False, disable=None) as bar:
-        while t.progress() < 1:
-            t.train_step()
-            bar.update(t.progress() - bar.n)
     return t
 
 
@@ -138,7 +133,7 @@ def show(name: str, s, make_model=None):
         about = f"windows of {context}" if context.isdigit() else context
         found[about] = train.evaluate(t.model, t.corpus, "val", context, t.autocast)
     if not ours:
-        tokens = torch.from_numpy(t.corpus.tokens["val"].astype(np.int64))
+        tokens = t.corpus.ids("val")
         nats = nats_in_overlapping_windows(t.model.eval(), tokens, length, t.autocast)
         found[f"overlapping windows of {length}"] = train.in_units(nats, t.corpus, "val")
     print(
