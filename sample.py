@@ -14,21 +14,16 @@ from pathlib import Path
 
 import torch
 
-from data.checkpoint import read_json
-from data.hub import find_file
+from data.common import Parser, UserError, run, short
 from data.prepare import (
     DATA,
-    Parser,
     RobertaTokenizer,
     Tokenizer,
-    UserError,
     decode,
     load_roberta,
     load_tokenizer,
-    run,
-    short,
 )
-from mega import MegaForCausalLM, MegaForMaskedLM, draw
+from mega import MegaForCausalLM, MegaForMaskedLM, draw, find_file, read_json
 
 ABOUT_MASKS = (
     "{} learned to fill masks from the text on both sides. Here it fills one mask after another at "

@@ -2,9 +2,9 @@
 
     python train.py                       # WikiText-2, or offline the text that ships with Python
     python train.py --dataset=my_text.txt --max_minutes=5 --out_dir=out-mine
-    python train.py --resume              # go on from the last checkpoint in out_dir
+    python train.py --resume              # continue from the last checkpoint in out_dir
     python train.py --eval_only           # the best checkpoint on val and test
-    torchrun --nproc_per_node=2 train.py  # several processes share each step's rows
+    torchrun --nproc_per_node=2 train.py  # several processes share the sequences of each step
 
 Each setting below is a flag, --name=value or --name value. In out_dir: the best model so far in
 Hugging Face's layout with its tokenizer; last.pt, all that --resume needs; and, new at each
@@ -14,7 +14,6 @@ evaluation, log.csv, loss.png and samples.txt.
 import argparse
 import contextlib
 import csv
-import ctypes
 import datetime
 import difflib
 import functools
@@ -40,52 +39,58 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from data.common import (
+    DownloadError,
+    Parser,
+    UserError,
+    flag_reader,
+    keep_big_blocks,
+    run,
+    short,
+    write_whole,
+)
 from data.prepare import (
     TOKENIZER_FILES,
     TOKENIZERS,
     WIKITEXT,
-    DownloadError,
-    Parser,
     Tokenizer,
-    UserError,
     load_tokenizer,
     prepare,
     read_meta,
-    run,
     save_tokenizer,
-    short,
-    write_whole,
 )
-from mega import DampedEMA, MegaConfig, MegaForCausalLM
+from mega import DampedEMA, MegaConfig, MegaForCausalLM, evaluating
 from sample import choose_device, continue_text, load_model
 
 # files
 out_dir = "out"  # folder of the checkpoints and the log
-resume = False  # go on from out_dir/last.pt
+resume = False  # continue from out_dir/last.pt
 eval_only = False  # evaluate out_dir's best model on val and test, and stop
-preset = ""  # wikitext-103-base or -large: other defaults, the paper's, meant for GPUs
 # data
 dataset = "wikitext-2"  # wikitext-2, wikitext-103, pydocs, or the path of a text
 source = ""  # read WikiText from this folder, zip or URL of a zip instead of downloading it
 train_split = "train"  # the split of the source to train on
 val_split = "val"  # the split to evaluate on
 tokenizer = "bpe"  # bpe (trained on the text), bytes, or gpt2 (a download)
-vocab_size = 4096  # tokens of bpe
+vocab_size = 2048  # tokens of bpe
 # model
 n_layer = 4  # blocks
-n_embd = 256  # D
-intermediate_size = 512  # V, width of the values
-nffn_hidden_size = 512  # F, width of the feed-forward network
+n_embd = 160  # D
+intermediate_size = 320  # V, width of the values
+nffn_hidden_size = 320  # F, width of the feed-forward network
 shared_size = 64  # Z, width of queries and keys
-ema_size = 16  # N, EMA dimensions of a channel
+ema_size = 16  # N, EMA states of a channel
 chunk_size = 128  # C, attention sees this many tokens; 0: block_size
 attention = "softmax"  # softmax, laplace or relu2
 gate_bias = -2.0  # of the update gate, at first: how closed it starts
-dropout = 0.1  # part of a row's features that is switched off in training
+dropout = 0.05  # of the outputs of the EMA, the layer and the feed-forward network
+hidden_dropout = 0.05  # of the values and of the feed-forward network's hidden layer
+attention_dropout = 0.0  # of the attention weights
+feature_dropout = True  # drop whole features of a sequence, not single numbers
 # optimization
 optimizer = "muon"  # muon (for the matrices of linear layers, adamw for the rest) or adamw
-batch_size = 4  # rows of a forward pass
-block_size = 512  # tokens of a row: the context in training
+batch_size = 4  # sequences of a forward pass
+block_size = 512  # tokens of a sequence: the context in training
 gradient_accumulation_steps = 1  # forward passes of a step, shared by all processes
 max_iters = 10000  # steps at most
 max_minutes = 8.5  # minutes of training at most; 0: no limit, and resumes that are exact
@@ -100,13 +105,13 @@ beta1 = 0.9  # of AdamW
 beta2 = 0.98  # of AdamW
 grad_clip = 1.0  # the gradient's largest norm; 0: any
 # evaluation
-eval_interval = 500  # steps between evaluations
+evaluations = 10  # spread over the training
 save_interval = 100  # steps between checkpoints; each evaluation makes one, too
 contexts = "512,carried,sliding"  # of the last evaluation: lengths of windows, or see `evaluate`
 sample_tokens = 100  # length of the sample at each evaluation; 0: none
 # machine
 device = "auto"  # cpu, cuda, cuda:1, mps; auto: cuda if there is one
-dtype = "auto"  # float32 or bfloat16 (autocast); auto: bfloat16 where it is native
+dtype = "auto"  # float32 or bfloat16 (autocast); auto: bfloat16 where it is faster
 compile = False  # torch.compile the model, where that works
 threads = 0  # CPU threads; 0: torch's choice
 seed = 1337  # of the weights, the batches and the dropout
@@ -116,107 +121,59 @@ SETTINGS = {
     for name, value in globals().items()
     if isinstance(value, bool | int | float | str) and name.islower() and name[0] != "_"
 }
-# The paper trains one model on WikiText-103, the large one here, with 24 rows of 6,144 tokens a
-# step, but with a vocabulary of words; the base one has the sizes of its enwik8 model.
-PAPER = {
-    "dataset": "wikitext-103", "vocab_size": 32768, "optimizer": "adamw", "learning_rate": 5e-3,
-    "ema_learning_rate": 5e-3, "weight_decay": 0.1, "dropout": 0.3, "gate_bias": 0.0,
-    "grad_clip": 0.25, "chunk_size": 1024, "block_size": 6144, "batch_size": 1,
-    "gradient_accumulation_steps": 24, "max_iters": 400_000, "max_minutes": 0.0,
-    "warmup_fraction": 0.06, "min_lr_fraction": 0.0, "eval_interval": 5000, "save_interval": 1000,
-    "contexts": "6144,carried,sliding",
-}  # fmt: skip
-SIZES = ("n_layer", "n_embd", "intermediate_size", "nffn_hidden_size", "shared_size")
-PRESETS = {
-    "wikitext-103-base": PAPER | dict(zip(SIZES, (12, 512, 1024, 1024, 128), strict=True)),
-    "wikitext-103-large": PAPER | dict(zip(SIZES, (16, 1024, 2048, 2048, 256), strict=True)),
-}
 
 # ---------------------------------------------------------------------------------------- settings
 
+DTYPES = ("auto", "float32", "bfloat16")
+CONTEXTS = "carried, sliding and lengths of windows, with commas between"
+RULES = (  # names, the rule in words, the rule as a function
+    ("batch_size block_size gradient_accumulation_steps max_iters", "at least 1", lambda x: x >= 1),
+    ("evaluations save_interval n_layer n_embd", "at least 1", lambda x: x >= 1),
+    ("intermediate_size nffn_hidden_size shared_size", "at least 1", lambda x: x >= 1),
+    ("ema_size", "at least 1", lambda x: x >= 1),
+    ("chunk_size max_minutes weight_decay", "0 or more", lambda x: 0 <= x < 1 << 63),
+    ("grad_clip sample_tokens threads seed", "0 or more", lambda x: 0 <= x < 1 << 63),
+    ("gate_bias", "finite", math.isfinite),
+    ("learning_rate ema_learning_rate muon_learning_rate", "above 0", lambda x: 0 < x < math.inf),
+    ("dropout hidden_dropout attention_dropout", "0 or more and below 1", lambda x: 0 <= x < 1),
+    ("warmup_fraction min_lr_fraction", "0 or more and below 1", lambda x: 0 <= x < 1),
+    ("momentum beta1 beta2", "0 or more and below 1", lambda x: 0 <= x < 1),
+    ("out_dir dataset", "non-empty", bool),
+    ("optimizer", "one of muon, adamw", lambda x: x in ("muon", "adamw")),
+    ("dtype", f"one of {', '.join(DTYPES)}", lambda x: x in DTYPES),
+    ("tokenizer", f"one of {', '.join(TOKENIZERS)}", lambda x: x in TOKENIZERS),
+    ("contexts", CONTEXTS, lambda x: all(is_context(part) for part in x.split(","))),
+)
 
-def flag_reader(default):
-    """The function that reads a flag of the type of `default`."""
 
-    def read(text: str):
-        if isinstance(default, bool):
-            if text.lower() in ("true", "1", "yes", "false", "0", "no"):
-                return text.lower() in ("true", "1", "yes")
-            raise argparse.ArgumentTypeError(f"must be True or False, got {text!r}")
-        try:
-            return type(default)(text)
-        except ValueError:
-            kind = "an integer" if isinstance(default, int) else "a number"
-            raise argparse.ArgumentTypeError(f"must be {kind}, got {text!r}") from None
-
-    return read
+def is_context(text: str) -> bool:
+    return text in ("carried", "sliding") or re.fullmatch(r"[1-9]\d{0,8}", text) is not None
 
 
 def read_settings(arguments: list[str]) -> argparse.Namespace:
-    """The settings on top of this file, changed by a preset and then by the command line."""
+    """Read the settings on top of this file, changed by the command line."""
     comments = dict(re.findall(r"(?m)^(\w+) = .*?  # (.*)$", Path(__file__).read_text("utf-8")))
     parser = Parser(__doc__)
     for name, default in SETTINGS.items():
-        text = f"{comments[name]} (default: {default!r})".replace("%", "%%")
-        flag = {"type": flag_reader(default), "default": default, "help": text, "metavar": "X"}
+        text = f"{comments.get(name, '')} (default: {default!r})".replace("%", "%%")
+        options = {"type": flag_reader(default), "default": default, "help": text, "metavar": "X"}
         if isinstance(default, bool):
-            flag |= {"nargs": "?", "const": True}
-        parser.add_argument(f"--{name}", **flag)
+            options.update(nargs="?", const=True)
+        parser.add_argument(f"--{name}", **options)
     s, unknown = parser.parse_known_args(arguments)
     if unknown:
         name = unknown[0].split("=")[0]
         near = difflib.get_close_matches(name.lstrip("-").replace("-", "_"), SETTINGS, 1, 0.5)
         hint = f"did you mean --{near[0]}?" if near else "--help lists all settings"
         raise UserError(f"there is no setting {name}; {hint}")
-    if s.preset in PRESETS:
-        parser.set_defaults(**PRESETS[s.preset])
-        s = parser.parse_args(arguments)
-    counts = "batch_size block_size gradient_accumulation_steps max_iters eval_interval n_layer"
-    counts += " save_interval"
-    sizes = "n_embd intermediate_size nffn_hidden_size shared_size ema_size"
-    amounts = "chunk_size max_minutes weight_decay grad_clip sample_tokens threads seed"
-    rates = "learning_rate ema_learning_rate muon_learning_rate"
-    parts = "dropout warmup_fraction min_lr_fraction momentum beta1 beta2"
-    for names, rule, valid in (
-        (f"{counts} {sizes}", "at least 1", lambda value: value >= 1),
-        (amounts, "0 or more", lambda value: 0 <= value < 1 << 63),
-        ("gate_bias", "finite", math.isfinite),
-        (rates, "above 0", lambda value: 0 < value < math.inf),
-        (parts, "0 or more and below 1", lambda value: 0 <= value < 1),
-        ("out_dir dataset", "non-empty", bool),
-        ("preset", f"one of {', '.join(PRESETS)}", ["", *PRESETS].__contains__),
-        ("optimizer", "one of muon, adamw", ("muon", "adamw").__contains__),
-        ("dtype", f"one of {', '.join(DTYPES)}", DTYPES.__contains__),
-        ("tokenizer", f"one of {', '.join(TOKENIZERS)}", TOKENIZERS.__contains__),
-        ("contexts", CONTEXTS_RULE, lambda value: all(map(is_context, value.split(",")))),
-    ):
+    for names, rule, valid in RULES:
         for name in names.split():
             if not valid(getattr(s, name)):
                 raise UserError(f"--{name} must be {rule}, got {getattr(s, name)!r}")
     return s
 
 
-CONTEXTS_RULE = "carried, sliding and lengths of windows, with commas between"
-
-
-def is_context(text: str) -> bool:
-    return text in ("carried", "sliding") or bool(re.fullmatch("[1-9][0-9]{0,8}", text))
-
-
 # ----------------------------------------------------------------------------------------- machine
-
-
-def keep_big_blocks():
-    """Let glibc keep freed memory, or each step would fault all its pages in anew."""
-    with contextlib.suppress(OSError, AttributeError):  # other C libraries have no mallopt
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-3, 1 << 30) or libc.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, or its old limit
-        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
-        libc.mallopt(-2, 1 << 28)  # M_TOP_PAD
-
-
-DTYPES = ("auto", "float32", "bfloat16")
-CPUINFO = Path("/proc/cpuinfo")  # of Linux; elsewhere float32 is the safe choice
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -224,20 +181,41 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The autocast dtype; auto: bfloat16 where the processor multiplies it natively."""
+    """Return the autocast dtype; "auto" is bfloat16 where the processor is faster with it."""
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    native = CPUINFO.exists() and re.search(r"avx512_bf16|amx_bf16|\bbf16\b", CPUINFO.read_text())
-    return torch.bfloat16 if native and device.type == "cpu" else torch.float32
+    if device.type == "cpu" and bfloat16_is_faster():
+        return torch.bfloat16
+    return torch.float32
 
 
-class Team:
+@functools.cache
+def bfloat16_is_faster() -> bool:
+    """Time products of matrices: without instructions for bfloat16 they take up to 200 times as
+    long as in float32, with them half as long.
+    """
+    seconds = {torch.float32: [], torch.bfloat16: []}
+    for size in (64, 512, 512):  # the first calls of all load libraries
+        for dtype, found in seconds.items():
+            x = torch.ones(size, size, dtype=dtype)
+            start = time.perf_counter()
+            _ = x @ x
+            found.append(time.perf_counter() - start)
+    return min(seconds[torch.bfloat16][1:]) < 0.8 * min(seconds[torch.float32][1:])
+
+
+def make_autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+class Distributed:
     """The processes that torchrun started, or this one alone. The first is the one that writes."""
 
     def __init__(self, device: str):
-        self.rank, self.size = (int(os.environ.get(name, i)) for i, name in enumerate(TORCHRUN))
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.size = int(os.environ.get("WORLD_SIZE", "1"))
         self.device = choose_device(device)
         if self.size > 1:
             if self.device.type == "cuda":
@@ -247,20 +225,20 @@ class Team:
             long = datetime.timedelta(hours=8)  # the others wait while the first one evaluates
             dist.init_process_group(backend, timeout=long)
 
-    def say(self, text: str):
+    def print0(self, text: str):
         if self.rank == 0:
             print(text, flush=True)
 
-    def share(self, *values: float) -> list[float]:
-        """The sums of numbers over all processes."""
+    def sum(self, *values: float) -> list[float]:
+        """Return the sums of numbers over all processes."""
         if self.size == 1:
             return [*values]
         shared = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(shared)
         return shared.tolist()
 
-    def first(self, work):
-        """What `work()` returns in the first process, for which the others wait."""
+    def broadcast(self, work):
+        """Return what `work()` returns in the first process, for which the others wait."""
         found = [work() if self.rank == 0 else None]
         if self.size > 1:
             dist.broadcast_object_list(found, device=self.device)
@@ -272,14 +250,11 @@ class Team:
             dist.destroy_process_group()
 
 
-TORCHRUN = ("RANK", "WORLD_SIZE")
-
-
 # -------------------------------------------------------------------------------------------- data
 
 
 def find_data(s) -> Path:
-    """The prepared dataset; where WikiText can't be downloaded, the text that ships with Python."""
+    """Prepare the dataset; where WikiText can't be downloaded, the text that ships with Python."""
     try:
         return prepare(s.dataset, s.source, s.train_split, s.val_split, s.tokenizer, s.vocab_size)
     except DownloadError as error:
@@ -292,63 +267,70 @@ def find_data(s) -> Path:
 class Corpus:
     """The token files of a prepared dataset, as memory maps."""
 
-    def __init__(self, folder: Path, codec: Tokenizer, block_size: int, seed: int):
-        meta, self.folder = read_meta(folder), folder
-        self.counts, self.block_size, self.seed, self.tokens = meta["splits"], block_size, seed, {}
+    def __init__(self, folder: Path, tokenizer: Tokenizer, block_size: int, seed: int):
+        meta = read_meta(folder)
+        self.folder = folder
+        self.counts = meta["splits"]
+        self.block_size = block_size
+        self.seed = seed
+        self.tokens = {}
         for split, counts in self.counts.items():
-            path, dtype = folder / f"{split}.bin", np.dtype(meta["dtype"])
+            path = folder / f"{split}.bin"
+            dtype = np.dtype(meta["dtype"])
             if not path.exists() or path.stat().st_size != counts["tokens"] * dtype.itemsize:
                 raise UserError(f"{path} is damaged; delete {folder} and run again")
-            tokens = self.tokens[split] = np.memmap(path, dtype, "r")
-            if tokens.max() >= codec.size:
-                said = f"{path} has the token {tokens.max()} and its vocabulary only {codec.size}"
-                raise UserError(f"{said}; delete {folder} and run again")
+            tokens = np.memmap(path, dtype, "r")
+            if tokens.max() >= tokenizer.size:
+                raise UserError(
+                    f"{path} has the token {tokens.max()} and its vocabulary only "
+                    f"{tokenizer.size}; delete {folder} and run again"
+                )
+            self.tokens[split] = tokens
         for split, least in (("train", block_size + 1), ("val", 2)):
             if len(self.tokens[split]) < least:
                 raise UserError(
                     f"the {split} split of {folder} has {len(self.tokens[split])} tokens and "
                     f"--block_size={block_size} needs {least}; give more text or shorten it"
                 )
-        pairs = len(self.tokens["train"]) - 1
+        pairs = len(self.tokens["train"]) - 1  # of a token and the next one
         self.windows = max(pairs // block_size - 1, 1)  # of an epoch
         self.spare = pairs - self.windows * block_size
-        self.orders = {}  # of this epoch and the last one
+        self.orders = {}  # by epoch
 
     def ids(self, split: str) -> Tensor:
-        """A whole split, (T,)."""
+        """Return a whole split, (T,)."""
         return torch.from_numpy(self.tokens[split].astype(np.int64))
 
     def epoch(self, number: int) -> np.ndarray:
-        """Where the windows of an epoch start: a new order, and other borders in the text."""
+        """Return where the windows of an epoch start: in a new order, with new borders."""
         if number not in self.orders:
             random = np.random.default_rng((self.seed, number))
             starts = np.arange(self.windows) * self.block_size + random.integers(self.spare + 1)
-            last = {n: order for n, order in self.orders.items() if n == number - 1}
-            self.orders = {**last, number: random.permutation(starts)}
+            self.orders.pop(number - 2, None)  # a step may read the end of the last epoch
+            self.orders[number] = random.permutation(starts)
         return self.orders[number]
 
-    def rows(self, numbers: range, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Windows of the training split: inputs and the tokens after them, each (rows, L).
+    def sequences(self, numbers: range, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return training windows: inputs and the tokens after them, each (B, L).
 
-        A row's number, counted from the start of the training, alone says which it is.
+        A window's number, counted from the start of the training, alone says which it is.
         """
-        starts = [self.epoch(i // self.windows)[i % self.windows] for i in numbers]
-        windows = [self.tokens["train"][i : i + self.block_size + 1] for i in starts]
-        rows = torch.from_numpy(np.stack(windows).astype(np.int64))
-        if device.type == "cuda":  # so that the copy runs beside the work before it
-            rows = rows.pin_memory()
-        rows = rows.to(device, non_blocking=True)
-        return rows[:, :-1], rows[:, 1:]
+        windows = []
+        for number in numbers:
+            start = self.epoch(number // self.windows)[number % self.windows]
+            windows.append(self.tokens["train"][start : start + self.block_size + 1])
+        ids = torch.from_numpy(np.stack(windows).astype(np.int64)).to(device)
+        return ids[:, :-1], ids[:, 1:]
 
 
-# ----------------------------------------------------------------------------- model and optimizer
+# ----------------------------------------------------------------------------------------- model
 
 
-def new_model(s, codec: Tokenizer) -> MegaForCausalLM:
-    """With weights at random; `gate_bias` lets a new layer leave most of its input as it is."""
+def new_model(s, tokenizer: Tokenizer) -> MegaForCausalLM:
+    """Make a model with random weights; `gate_bias` lets a new layer keep most of its input."""
     try:
         config = MegaConfig(
-            vocab_size=codec.size,
+            vocab_size=tokenizer.size,
             num_hidden_layers=s.n_layer,
             hidden_size=s.n_embd,
             intermediate_size=s.intermediate_size,
@@ -359,10 +341,10 @@ def new_model(s, codec: Tokenizer) -> MegaForCausalLM:
             chunk_size=s.chunk_size or s.block_size,
             attention_activation=s.attention,
             dropout_prob=s.dropout,
-            hidden_dropout_prob=s.dropout,
-            nffn_activation_dropout_prob=s.dropout,
-            attention_probs_dropout_prob=0.0,
-            use_feature_dropout=True,  # as good here, and drawing its masks costs nothing
+            hidden_dropout_prob=s.hidden_dropout,
+            nffn_activation_dropout_prob=s.hidden_dropout,
+            attention_probs_dropout_prob=s.attention_dropout,
+            use_feature_dropout=s.feature_dropout,
             normalization_type="layernorm",
             is_decoder=True,
             bidirectional=False,
@@ -370,8 +352,8 @@ def new_model(s, codec: Tokenizer) -> MegaForCausalLM:
             scale_embedding=True,
             add_lm_hidden_dense_layer=False,
             pad_token_id=None,
-            bos_token_id=codec.end_of_text,
-            eos_token_id=codec.end_of_text,
+            bos_token_id=tokenizer.end_of_text,
+            eos_token_id=tokenizer.end_of_text,
         )
     except ValueError as error:
         raise UserError(str(error)) from None
@@ -381,29 +363,78 @@ def new_model(s, codec: Tokenizer) -> MegaForCausalLM:
     return model
 
 
-def build_optimizers(s, model: nn.Module, device: torch.device) -> list:
-    """Muon or AdamW for the matrices of linear layers, which decay, AdamW for all else.
+# ------------------------------------------------------------------------------------- optimizers
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum for matrices, whose step is made orthogonal (Jordan et al. 2024).
+
+    All directions of a matrix then move equally far, also those in which its gradient is small.
+    `dtype` is what the processor multiplies fastest; bfloat16 is precise enough.
+    """
+
+    def __init__(self, parameters, lr, momentum, weight_decay, dtype=torch.float32):
+        super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["momentum"] = torch.zeros_like(p)
+                average = state["momentum"].lerp_(p.grad, 1 - group["momentum"])
+                ahead = p.grad.lerp(average, group["momentum"])  # Nesterov's
+                direction = orthogonalize(ahead.to(self.dtype)).to(p.dtype)
+                rows, columns = p.shape
+                size = group["lr"] * max(1, rows / columns) ** 0.5
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(direction, alpha=-size)
+
+
+def orthogonalize(matrix: Tensor) -> Tensor:
+    """Bring all singular values near 1, to about 0.7 to 1.2, by five Newton-Schulz steps.
+
+    Each step applies the polynomial a s + b s^3 + c s^5 to every singular value s.
+    """
+    a, b, c = (3.4445, -4.7750, 2.0315)
+    x = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT  # the smaller x x^T
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(5):
+        square = x @ x.mT
+        x = a * x + (b * square + c * square @ square) @ x
+    return x if matrix.shape[0] <= matrix.shape[1] else x.mT
+
+
+def build_optimizers(s, model: nn.Module, device: torch.device, dtype: torch.dtype) -> list:
+    """Make Muon or AdamW for the matrices of linear layers, which decay, and AdamW for all else.
 
     The moving averages have a learning rate of their own.
     """
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    linear = (m.weight for m in model.modules() if isinstance(m, nn.Linear))
+    linear = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
     matrices = [weight for weight in linear if id(weight) not in tables]  # the output is tied
     ema = [p for m in model.modules() if isinstance(m, DampedEMA) for p in m.parameters()]
     chosen = {id(p) for p in (*matrices, *ema)}
     rest = [p for p in model.parameters() if id(p) not in chosen]
-    rest = [{"params": rest}, {"params": ema, "lr": s.ema_learning_rate}]
-    rest = [group | {"weight_decay": 0.0} for group in rest]
-    adamw = {"lr": s.learning_rate, "betas": (s.beta1, s.beta2), "weight_decay": s.weight_decay}
-    adamw = functools.partial(torch.optim.AdamW, **adamw, fused=device.type in ("cpu", "cuda"))
+    groups = [
+        {"params": rest, "weight_decay": 0.0},
+        {"params": ema, "weight_decay": 0.0, "lr": s.ema_learning_rate},
+    ]
     if s.optimizer == "adamw":
-        return [adamw([{"params": matrices}, *rest])]
-    muon = {"lr": s.muon_learning_rate, "weight_decay": s.weight_decay, "momentum": s.momentum}
-    return [adamw(rest), torch.optim.Muon(matrices, **muon)]
+        groups.insert(0, {"params": matrices, "weight_decay": s.weight_decay})
+    fused = device.type in ("cpu", "cuda")
+    adamw = torch.optim.AdamW(groups, s.learning_rate, betas=(s.beta1, s.beta2), fused=fused)
+    if s.optimizer == "adamw":
+        return [adamw]
+    return [adamw, Muon(matrices, s.muon_learning_rate, s.momentum, s.weight_decay, dtype)]
 
 
 def learning_rate_factor(s, progress: float) -> float:
-    """Linear warm-up and decay; `progress` is the part of the training that is done, 0 to 1."""
+    """Rise and fall linearly; `progress` is the part of the training that is done, 0 to 1."""
     if progress < s.warmup_fraction:
         return max(progress / s.warmup_fraction, 0.01)
     return max((1 - progress) / (1 - s.warmup_fraction), s.min_lr_fraction)
@@ -411,85 +442,93 @@ def learning_rate_factor(s, progress: float) -> float:
 
 # -------------------------------------------------------------------------------------- evaluation
 
+EVALUATED = 8192  # tokens at once: enough to be fast
+
 
 def evaluate(model: MegaForCausalLM, corpus: Corpus, split: str, context: str, autocast) -> dict:
-    """Over a whole split: nats a token, bits a byte, perplexity a word (ends of lines count).
+    """Measure a whole split: nats per token, bits per byte, perplexity per word (with line ends).
 
     Of the split only the first token, an end of text, is not predicted. Contexts are
 
         "512"      windows of so many tokens, each of which starts with nothing before it;
-        "carried"  the split is one row: its moving averages are never reset, attention sees the
-                   tokens before in the same chunk;
-        "sliding"  so twice, the second time with the chunks half of their length later, and of
-                   both the loss counts where attention sees more: at least half a chunk.
+        "carried"  the split is one sequence: its moving averages are never reset, attention sees
+                   the tokens before in the same chunk;
+        "sliding"  that twice, the second time with the chunks half of their length later; of both
+                   the loss counts where attention sees more: at least half a chunk.
     """
     tokens = corpus.ids(split)
-    training = model.training
-    model.eval()
-    if context in ("carried", "sliding"):
+    with evaluating(model):
+        if context.isdigit():
+            total = loss_in_windows(model, tokens, int(context), autocast)
+            return in_units(total, corpus, split)
         chunk = model.config.attention_limit
         if chunk is None:
-            raise UserError(
-                f"--contexts={context} needs a model with chunks; give windows' lengths"
-            )
+            raise UserError(f"--contexts={context} needs a model with chunks; give a number")
         late = chunk // 2 if context == "sliding" else 0
-        total = nats_carried(model, tokens, chunk, 0, late, autocast)
+        total = loss_carried(model, tokens, chunk, 0, late, autocast)
         if late:
-            total += nats_carried(model, tokens, chunk, chunk - late, chunk - late, autocast)
-    else:
-        total = nats_in_windows(model, tokens, int(context), autocast)
-    model.train(training)
-    return in_units(total, corpus, split)
+            total += loss_carried(model, tokens, chunk, chunk - late, chunk - late, autocast)
+        return in_units(total, corpus, split)
 
 
-def in_units(nats: float, corpus: Corpus, split: str) -> dict[str, float]:
+def in_units(total: float, corpus: Corpus, split: str) -> dict[str, float]:
+    """Turn the summed loss of a split, in nats, into what papers quote."""
     counts = corpus.counts[split]
     return {
-        "loss": nats / (counts["tokens"] - 1),
-        "bits_per_byte": nats / math.log(2) / counts["bytes"],
-        "word_perplexity": math.exp(min(nats / counts["words"], 700.0)),
+        "loss": total / (counts["tokens"] - 1),
+        "bits_per_byte": total / math.log(2) / counts["bytes"],
+        "word_perplexity": math.exp(min(total / counts["words"], 700.0)),
     }
 
 
-EVALUATED = 8192  # tokens at once: enough to be fast
-
-
 @torch.no_grad()
-def nats(model, inputs: Tensor, targets: Tensor, autocast, **more):
-    """The sum over targets but -100, and the cache."""
+def summed_loss(model, inputs: Tensor, targets: Tensor, autocast, **more):
+    """Return the summed loss of the targets but -100, in nats, and the cache."""
     device = next(model.parameters()).device
+    options = {"shift_labels": False, "output_logits": False, **more}
     with autocast:
-        options = {"shift_labels": False, "output_logits": False, **more}
         out = model(inputs.to(device), labels=targets.to(device), **options)
     count = (targets != -100).sum().item()
     return out.loss.item() * count if count else 0.0, out.cache
 
 
-def nats_in_windows(model, tokens: Tensor, length: int, autocast) -> float:
-    """Of tokens (T), cut in windows without a common target."""
+def loss_in_windows(model, tokens: Tensor, length: int, autocast) -> float:
+    """Sum the loss of tokens (T), cut in windows without a common target."""
     whole = (len(tokens) - 1) // length * length
-    inputs, targets = (t.view(-1, length) for t in (tokens[:whole], tokens[1 : whole + 1]))
-    rows = max(EVALUATED // length, 1)
-    batches = [*zip(inputs.split(rows), targets.split(rows), strict=True)] if whole else []
+    total = 0.0
+    inputs = tokens[:whole].view(-1, length)
+    targets = tokens[1 : whole + 1].view(-1, length)
+    batch = max(EVALUATED // length, 1)
+    for start in range(0, len(inputs), batch):
+        windows = slice(start, start + batch)
+        found, _ = summed_loss(model, inputs[windows], targets[windows], autocast, use_cache=False)
+        total += found
     if whole < len(tokens) - 1:
-        batches.append((tokens[None, whole:-1], tokens[None, whole + 1 :]))
-    return sum(nats(model, *batch, autocast, use_cache=False)[0] for batch in batches)
+        rest = (tokens[None, whole:-1], tokens[None, whole + 1 :])
+        found, _ = summed_loss(model, *rest, autocast, use_cache=False)
+        total += found
+    return total
 
 
-def nats_carried(model, tokens: Tensor, chunk: int, pads: int, least: int, autocast) -> float:
-    """Of tokens (T) behind pads, which move the chunks' borders; all have the past of a cache.
+def loss_carried(model, tokens: Tensor, chunk: int, padding: int, least: int, autocast) -> float:
+    """Sum the loss of tokens (T) behind padding, which moves the chunks' borders, with a cache.
 
     Only positions count that have `least` others before them in their chunk.
     """
-    inputs = F.pad(tokens[:-1], (pads, 0)).unsqueeze(0)
-    targets = F.pad(tokens[1:], (pads, 0), value=-100).unsqueeze(0)
+    inputs = F.pad(tokens[:-1], (padding, 0)).unsqueeze(0)  # (1, padding + T - 1)
+    targets = F.pad(tokens[1:], (padding, 0), value=-100).unsqueeze(0)
     targets[:, torch.arange(targets.shape[1]) % chunk < least] = -100
-    mask = (torch.arange(inputs.shape[1]) >= pads).unsqueeze(0)
-    total, cache, length = 0.0, None, max(EVALUATED // chunk, 1) * chunk
-    for batch in zip(*(t.split(length, 1) for t in (inputs, targets, mask)), strict=True):
-        seen = batch[2].to(next(model.parameters()).device) if pads and cache is None else None
-        more = {"attention_mask": seen, "cache": cache, "use_cache": True}
-        found, cache = nats(model, *batch[:2], autocast, **more)
+    device = next(model.parameters()).device
+    mask = (torch.arange(inputs.shape[1], device=device) >= padding).unsqueeze(0)
+    total = 0.0
+    cache = None
+    length = max(EVALUATED // chunk, 1) * chunk
+    for start in range(0, inputs.shape[1], length):
+        part = (slice(None), slice(start, start + length))
+        more = {"cache": cache, "use_cache": True}
+        if padding and cache is None:
+            more["attention_mask"] = mask[part]
+        found, cache = summed_loss(model, inputs[part], targets[part], autocast, **more)
         total += found
     return total
 
@@ -504,7 +543,7 @@ def report_all(model: MegaForCausalLM, corpus: Corpus, splits: list, contexts: s
         n = corpus.counts[split]
         print(
             f"{split}: {n['tokens'] - 1:,} tokens predicted, {n['bytes']:,} bytes, "
-            f"{n['words']:,} words, where the end of a line is one; loss in nats a token"
+            f"{n['words']:,} words, where the end of a line is one; loss in nats per token"
         )
         for context in contexts.split(","):
             result = evaluate(model, corpus, split, context, autocast)
@@ -515,89 +554,172 @@ def report_all(model: MegaForCausalLM, corpus: Corpus, splits: list, contexts: s
 
 # ---------------------------------------------------------------------------------------- training
 
-
 # The settings that a resumed run may change, and the parts of its last.pt.
-CHANGEABLE = {"out_dir", "source", "dataset", "resume", "eval_only", "preset"}
-CHANGEABLE |= {"max_iters", "max_minutes", "eval_interval", "save_interval", "contexts"}
-CHANGEABLE |= {"sample_tokens", "device", "dtype", "compile", "threads"}
+CHANGEABLE = """
+    out_dir source dataset resume eval_only max_iters max_minutes evaluations save_interval contexts
+    sample_tokens device dtype compile threads
+"""
 COUNTERS = ("step", "seconds", "best", "losses", "log")
-READING_FAILS = (OSError, EOFError, ValueError, AttributeError, RuntimeError, pickle.PickleError)
 STATE = {*COUNTERS, "fixed", "dtype", "processes", "model", "optimizers"}
-
-
-def check_same(found: dict, wanted: dict, what: str):
-    """A resume goes on with what it left: the first dict's values must be the second's."""
-    names = [name for name in wanted if found.get(name) != wanted[name]]
-    if names:
-        differences = "; ".join(f"{n} was {found.get(n)}, not {wanted[n]}" for n in names[:4])
-        raise UserError(f"{what} can't be resumed with other settings: {differences}")
-
-
-def check_tokenizer(folder: Path, codec: Tokenizer, data: Path, other: Tokenizer):
-    if codec != other:
-        pairs = zip(codec.ranks.items(), other.ranks.items(), strict=False)
-        found = next((f"{a} in place of {b}" for a, b in pairs if a != b), "")
-        sizes = f"{codec.size} and {other.size} tokens"
-        said = f"the checkpoint in {folder} has another tokenizer than {data}: {found or sizes}"
-        raise UserError(f"{said}; give the flags of its training, or start without --resume")
+READING_FAILS = (OSError, EOFError, ValueError, AttributeError, RuntimeError, pickle.PickleError)
+FILES = ("last.pt", "log.csv", "loss.png", "samples.txt", "config.json", "model.safetensors")
+FILES += TOKENIZER_FILES
 
 
 class Training:
-    """All that a training changes: what a checkpoint must hold for a resume."""
+    """A run: model, optimizers and counters, all of which a checkpoint must hold for a resume."""
 
-    def __init__(self, s, team: Team, make_model=None):
-        self.settings, self.out, self.team, self.device = s, Path(s.out_dir), team, team.device
-        self.last = self.out / "last.pt"
+    def __init__(self, s, processes: Distributed, make_model=new_model):
+        self.settings = s
+        self.processes = processes
+        self.device = processes.device
+        self.out = Path(s.out_dir)
         self.lock = filelock.FileLock(self.out / "lock")  # the system frees it when we die
-        self.step, self.seconds, self.best = 0, 0.0, math.inf
-        self.losses, self.log = [], []  # of the steps since the last evaluation; of evaluations
-        state = self.read_state() if s.resume else None
-        data = team.first(lambda: find_data(s))
-        codec = load_tokenizer(data)
-        self.corpus = Corpus(data, codec, s.block_size, s.seed)
+        self.step = 0
+        self.seconds = 0.0  # of training
+        self.best = math.inf
+        self.losses = []  # of all steps
+        self.log = []  # of all evaluations
+        state = read_state(self.out) if s.resume else None
+        data = processes.broadcast(lambda: find_data(s))
+        self.tokenizer = load_tokenizer(data)
+        self.corpus = Corpus(data, self.tokenizer, s.block_size, s.seed)
         dtype = state["dtype"] if s.resume and s.dtype == "auto" else s.dtype
-        self.dtype = choose_dtype(dtype, self.device)
+        self.dtype = processes.broadcast(lambda: choose_dtype(dtype, self.device))
         self.autocast = make_autocast(self.device, self.dtype)
         torch.manual_seed(s.seed)
-        self.model, self.codec = (make_model or new_model)(s, codec).to(self.device), codec
-        self.optimizers = build_optimizers(s, self.model, self.device)
-        self.peaks = [group["lr"] for o in self.optimizers for group in o.param_groups]
-        self.parts = self.share_rows()
-        # What a resumed run must have in common with the first part.
-        self.fixed = {n: v for n, v in vars(s).items() if n not in CHANGEABLE}
-        self.fixed |= {
-            "dataset": data.name,
-            "checksum of the text": zlib.crc32(self.corpus.tokens["train"]),
-        }
+        self.model = make_model(s, self.tokenizer).to(self.device)
+        self.optimizers = build_optimizers(s, self.model, self.device, self.dtype)
+        self.peaks = [group["lr"] for group in self.parameter_groups()]
+        self.sequences = s.batch_size * s.gradient_accumulation_steps  # of a step
+        self.parts = self.share_sequences()
+        changeable = CHANGEABLE.split()
+        self.fixed = {name: value for name, value in vars(s).items() if name not in changeable}
+        self.fixed["dataset"] = data.name
+        self.fixed["checksum of the text"] = zlib.crc32(self.corpus.tokens["train"])
         if s.resume:
             self.load_state(state)
-        if team.rank == 0:
+        if processes.rank == 0:
             self.claim_out_dir()
         self.engine = compiled(self) if s.compile else self.model
-        if team.size > 1:
+        if processes.size > 1:
             self.engine = DistributedDataParallel(self.engine)
-        self.waiting = None  # a batch that was fetched while the device was at work
-        splits = self.corpus.counts.items()
-        sizes = ", ".join(f"{split} {n['tokens']:,} tokens" for split, n in splits)
-        parameters = sum(p.numel() for p in self.model.parameters())
-        team.say(
-            f"{parameters:,} parameters on {self.device}, {dtype_name(self.dtype)}, "
-            f"{torch.get_num_threads()} threads{f' x {team.size}' * (team.size > 1)}; {sizes}"
-        )
 
-    def share_rows(self) -> list[range]:
-        """The rows of a step that this process takes, in parts of one forward pass each."""
-        s, team = self.settings, self.team
-        self.rows = s.batch_size * s.gradient_accumulation_steps
-        if self.rows % team.size:
+    def share_sequences(self) -> list[range]:
+        """Return which of a step's sequences this process takes, one range a forward pass."""
+        s = self.settings
+        size = self.processes.size
+        if self.sequences % size:
             raise UserError(
-                f"a step's {self.rows} rows (--batch_size={s.batch_size} times "
+                f"a step's {self.sequences} sequences (--batch_size={s.batch_size} times "
                 f"--gradient_accumulation_steps={s.gradient_accumulation_steps}) can't be shared "
-                f"by {team.size} processes; make them a multiple of {team.size}"
+                f"by {size} processes; make them a multiple of {size}"
             )
-        mine = self.rows // team.size
-        first, stop = team.rank * mine, (team.rank + 1) * mine
+        mine = self.sequences // size
+        first = self.processes.rank * mine
+        stop = first + mine
         return [range(i, min(i + s.batch_size, stop)) for i in range(first, stop, s.batch_size)]
+
+    def parameter_groups(self) -> list[dict]:
+        return [group for o in self.optimizers for group in o.param_groups]
+
+    def progress(self) -> float:
+        """Return the part of the training that is done, by steps or minutes, the further one."""
+        s = self.settings
+        by_time = self.seconds / 60 / s.max_minutes if s.max_minutes else 0.0
+        return min(max(self.step / s.max_iters, by_time), 1.0)
+
+    def train_step(self, stop: bool = False) -> bool:
+        """Update the weights once; return whether any process was told to `stop`.
+
+        All randomness of a step depends on the seed, the step and the sequence's index alone. So a
+        resume needs no state of it, and processes change nothing that does not change the parts.
+        """
+        s = self.settings
+        start = time.perf_counter()
+        factor = learning_rate_factor(s, self.progress())
+        for group, peak in zip(self.parameter_groups(), self.peaks, strict=True):
+            group["lr"] = peak * factor
+        loss = 0.0
+        for part in self.parts:
+            first = self.step * self.sequences
+            numbers = range(first + part.start, first + part.stop)
+            inputs, targets = self.corpus.sequences(numbers, self.device)
+            seed = np.random.SeedSequence((s.seed, self.step, part.start))
+            torch.manual_seed(int(seed.generate_state(1, np.uint64)[0]))
+            with self.gradients_shared(last=part is self.parts[-1]), self.autocast:
+                part_loss = self.engine(inputs, labels=targets, shift_labels=False).loss
+            part_loss = part_loss * (len(part) * self.processes.size / self.sequences)
+            part_loss.backward()
+            loss += part_loss.item()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), s.grad_clip or math.inf).item()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise UserError(
+                f"step {self.step + 1} has the loss {loss} and a gradient of norm {norm}; the "
+                "checkpoints stay as they were, try a lower --learning_rate"
+            )
+        for o in self.optimizers:
+            o.step()
+            o.zero_grad(set_to_none=True)
+        self.step += 1
+        seconds = time.perf_counter() - start if self.processes.rank == 0 else 0.0
+        loss, seconds, stop = self.processes.sum(loss / self.processes.size, seconds, stop)
+        self.losses.append(loss)
+        self.seconds += seconds
+        return stop > 0
+
+    def gradients_shared(self, last: bool):
+        """Return a context in which processes add up their gradients only after their last part."""
+        if self.processes.size == 1 or last:
+            return contextlib.nullcontext()
+        return self.engine.no_sync()
+
+    def evaluate(self):
+        """Add a line to the log, with a sample, and save; show it on the screen, too."""
+        if self.processes.rank:
+            return
+        s = self.settings
+        result = evaluate(self.model, self.corpus, "val", "carried", self.autocast)
+        before = self.log[-1] if self.log else {"step": 0, "seconds": 0.0}
+        per_step = self.sequences * s.block_size
+        speed = (self.step - before["step"]) * per_step
+        speed /= max(self.seconds - float(before["seconds"]), 1e-9)
+        train_loss = float(np.mean(self.losses[before["step"] :]))
+        print(
+            f"step {self.step}: train loss {train_loss:.4f}, {report('val', result)}, "
+            f"{speed:,.0f} tokens/s",
+            flush=True,
+        )
+        row = {
+            "seconds": self.seconds,
+            "train_loss": train_loss,
+            "val_loss": result["loss"],
+            "bits_per_byte": result["bits_per_byte"],
+            "word_perplexity": result["word_perplexity"],
+            "tokens_per_second": speed,
+            "learning_rate": self.parameter_groups()[0]["lr"],
+        }
+        row = {name: f"{value:.6g}" for name, value in row.items()}
+        row = {"step": self.step, "tokens": self.step * per_step, **row, "sample": self.sample()}
+        self.log.append(row)
+        better = result["loss"] < self.best
+        self.best = min(result["loss"], self.best)
+        self.save(better)
+        self.write_log()
+
+    def sample(self) -> str:
+        """Return text that starts a document, shown as it comes."""
+        pieces = []
+
+        def write(piece: str):
+            pieces.append(piece)
+            print(piece, end="", flush=True)
+
+        if self.settings.sample_tokens:
+            options = {"max_new_tokens": self.settings.sample_tokens, "seed": self.settings.seed}
+            continue_text(self.model, self.tokenizer, "", write, temperature=0.8, **options)
+            print(flush=True)
+        return "".join(pieces)
 
     # ------------------------------------------------------------------------------------- files
 
@@ -607,8 +729,10 @@ class Training:
         try:
             self.lock.acquire(timeout=0)
         except filelock.Timeout:
-            mend = "wait for its end, or choose another --out_dir"
-            raise UserError(f"another run is at work in {self.out}; {mend}") from None
+            raise UserError(
+                f"another run is at work in {self.out}; wait for its end, or choose another "
+                "--out_dir"
+            ) from None
         if self.settings.resume:
             self.write_log()  # that of a run that was killed may be ahead of its checkpoint
             return
@@ -619,72 +743,53 @@ class Training:
             previous.mkdir()
             for name in found:
                 (self.out / name).rename(previous / name)
-            mend = "--resume would have gone on with it"
-            print(f"the earlier run in {self.out} is now in {previous}; {mend}")
-
-    def read_state(self) -> dict:
-        if not self.last.exists():
-            model = "a model and no " if (self.out / "model.safetensors").exists() else "no "
-            raise UserError(
-                f"there is nothing to resume: {self.out} has {model}last.pt, the file with weights "
-                "and optimizer; start without --resume"
+            print(
+                f"the earlier run in {self.out} is now in {previous}; --resume would have "
+                "continued it"
             )
-        try:
-            state = torch.load(self.last, weights_only=True, map_location="cpu")
-            if not STATE <= state.keys():
-                raise ValueError(f"without {', '.join(sorted(STATE - state.keys()))}")
-            return state
-        except READING_FAILS as error:
-            raise UserError(f"{self.last} can't be read ({short(error)})") from None
 
     def load_state(self, state: dict):
-        check_same(state["fixed"], self.fixed, str(self.last))
-        check_tokenizer(self.out, load_tokenizer(self.out), self.corpus.folder, self.codec)
+        """Continue from last.pt, or raise a UserError that says why it does not fit."""
+        path = self.out / "last.pt"
+        check_same(state["fixed"], self.fixed, path)
+        check_tokenizer(self.out, load_tokenizer(self.out), self.corpus.folder, self.tokenizer)
         try:
             shapes = {name: tuple(value.shape) for name, value in state["model"].items()}
             wanted = {name: tuple(value.shape) for name, value in self.model.state_dict().items()}
-            check_same(shapes, wanted, str(self.last))
+            check_same(shapes, wanted, path)
             self.model.load_state_dict(state["model"])
             for o, values in zip(self.optimizers, state["optimizers"], strict=True):
                 o.load_state_dict(values)
         except (AttributeError, KeyError, ValueError, TypeError, RuntimeError) as error:
-            raise UserError(f"{self.last} does not fit ({short(error)})") from None
+            raise UserError(f"{path} does not fit ({short(error)})") from None
         for name in COUNTERS:
             setattr(self, name, state[name])
-        if state["processes"] != self.team.size:
-            self.team.say(
-                f"note: {state['processes']} processes made {self.last}, now there are "
-                f"{self.team.size}: the rows are the same, sums and dropout may differ"
+        if state["processes"] != self.processes.size:
+            self.processes.print0(
+                f"note: {state['processes']} processes made {path}, now there are "
+                f"{self.processes.size}: sequences are the same, sums and dropout may differ"
             )
 
     def save(self, better: bool):
-        """The checkpoint, if there is a `better` model that first; old files stay until new ones
-        are whole. A run that is killed in between does the same again.
+        """Write the checkpoint, after the model if it is a `better` one; old files stay until new
+        ones are whole. A run that is killed in between does the same again.
         """
         state = {name: getattr(self, name) for name in COUNTERS}
-        state |= {"fixed": self.fixed, "dtype": dtype_name(self.dtype)}
-        state |= {"processes": self.team.size, "model": self.model.state_dict()}
+        state["fixed"] = self.fixed
+        state["dtype"] = dtype_name(self.dtype)
+        state["processes"] = self.processes.size
+        state["model"] = self.model.state_dict()
         state["optimizers"] = [o.state_dict() for o in self.optimizers]
         content = io.BytesIO()
         torch.save(state, content)
         with self.saving():
             if better:
-                save_tokenizer(self.codec, self.out)
+                save_tokenizer(self.tokenizer, self.out)
                 self.model.save_pretrained(self.out)
-            write_whole(self.last, content.getbuffer())
-
-    @contextlib.contextmanager
-    def saving(self):
-        try:
-            yield
-        except OSError as error:
-            raise UserError(
-                f"step {self.step} can't be saved in {self.out} ({short(error)}); what was saved "
-                "before is still there: mend that and go on with --resume"
-            ) from None
+            write_whole(self.out / "last.pt", content.getbuffer())
 
     def write_log(self):
-        """log.csv, samples.txt and loss.png, of all evaluations."""
+        """Write log.csv, samples.txt and loss.png, of all evaluations."""
         if not self.log:
             return
         text = io.StringIO()
@@ -693,151 +798,98 @@ class Training:
         writer.writeheader()
         writer.writerows(self.log)
         samples = "".join(f"--- step {row['step']}\n{row['sample']}\n\n" for row in self.log)
+        per_step = self.sequences * self.settings.block_size
         with self.saving():
             write_whole(self.out / "log.csv", text.getvalue().encode())
             write_whole(self.out / "samples.txt", samples.encode())
-            write_whole(self.out / "loss.png", draw_curves(self.log))
+            write_whole(self.out / "loss.png", draw_curves(self.log, self.losses, per_step))
 
-    # -------------------------------------------------------------------------------------- steps
-
-    def progress(self) -> float:
-        """The part of the training that is done, by steps or minutes, whichever is further."""
-        s = self.settings
-        by_time = self.seconds / 60 / s.max_minutes if s.max_minutes else 0.0
-        return min(max(self.step / s.max_iters, by_time), 1.0)
-
-    def fetch(self, step: int, part: range) -> tuple[Tensor, Tensor]:
-        first = step * self.rows
-        return self.corpus.rows(range(first + part.start, first + part.stop), self.device)
-
-    def train_step(self, stop: bool = False) -> bool:
-        """One update of the weights; its loss, in nats a token, is the last of `losses`.
-
-        Returns whether any process was told to `stop`. All chance of a step follows from the seed,
-        the step and the row, so that a resume needs no state of it, and the number of processes
-        changes nothing as long as it does not change the parts.
-        """
-        s, start, loss = self.settings, time.perf_counter(), 0.0
-        factor = learning_rate_factor(s, self.progress())
-        groups = [group for o in self.optimizers for group in o.param_groups]
-        for group, peak in zip(groups, self.peaks, strict=True):
-            group["lr"] = peak * factor
-        batch = self.waiting or self.fetch(self.step, self.parts[0])
-        for part, after in zip(self.parts, [*self.parts[1:], None], strict=True):
-            seed_sequence = np.random.SeedSequence((s.seed, self.step, part.start))
-            torch.manual_seed(int(seed_sequence.generate_state(1, np.uint64)[0]))
-            # The processes add up their gradients once a step, after their last part.
-            alone = self.team.size == 1 or after is None
-            with contextlib.nullcontext() if alone else self.engine.no_sync():
-                with self.autocast:
-                    found = self.engine(batch[0], labels=batch[1], shift_labels=False).loss
-                found = found * (len(part) * self.team.size / self.rows)
-                found.backward()
-            loss = loss + found.detach()
-            batch = self.fetch(self.step, after) if after else None
-        self.waiting = self.fetch(self.step + 1, self.parts[0])
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), s.grad_clip or math.inf)
-        loss, norm = loss.item(), norm.item()
-        if not (math.isfinite(loss) and math.isfinite(norm)):
+    @contextlib.contextmanager
+    def saving(self):
+        try:
+            yield
+        except OSError as error:
             raise UserError(
-                f"step {self.step + 1} has the loss {loss} and a gradient of norm {norm}; the "
-                "checkpoints stay as they were, try a lower --learning_rate"
-            )
-        for o in self.optimizers:
-            o.step()
-            o.zero_grad(set_to_none=True)
-        self.step += 1
-        seconds = time.perf_counter() - start if self.team.rank == 0 else 0.0
-        loss, seconds, stop = self.team.share(loss / self.team.size, seconds, stop)
-        self.losses.append(loss)
-        self.seconds += seconds
-        return stop > 0
+                f"step {self.step} can't be saved in {self.out} ({short(error)}); what was saved "
+                "before is still there: mend that and continue with --resume"
+            ) from None
 
-    def evaluate(self):
-        """A row of the log, with a sample, and a checkpoint; on the screen, too."""
-        if self.team.rank:
-            self.losses = []
-            return
-        s = self.settings
-        result = evaluate(self.model, self.corpus, "val", "carried", self.autocast)
-        before = self.log[-1] if self.log else {"step": 0, "seconds": 0.0}
-        tokens = (self.step - before["step"]) * self.rows * s.block_size
-        row = {
-            "step": self.step,
-            "tokens": self.step * self.rows * s.block_size,
-            "seconds": self.seconds,
-            "train_loss": float(np.mean(self.losses)),
-            "val_loss": result["loss"],
-            "bits_per_byte": result["bits_per_byte"],
-            "word_perplexity": result["word_perplexity"],
-            "tokens_per_second": tokens / max(self.seconds - float(before["seconds"]), 1e-9),
-            "learning_rate": self.optimizers[0].param_groups[0]["lr"],
-        }
-        print(
-            f"step {self.step}: train loss {row['train_loss']:.4f}, {report('val', result)}, "
-            f"{row['tokens_per_second']:,.0f} tokens/s",
-            flush=True,
+
+def read_state(out: Path) -> dict:
+    """Read last.pt, or raise a UserError."""
+    path = out / "last.pt"
+    if not path.exists():
+        model = "a model and no " if (out / "model.safetensors").exists() else "no "
+        raise UserError(
+            f"there is nothing to resume: {out} has {model}last.pt, the file with weights and "
+            "optimizer; start without --resume"
         )
-        row = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
-        self.log.append(row | {"sample": self.sample()})
-        better, self.losses = result["loss"] < self.best, []
-        self.best = min(result["loss"], self.best)
-        self.save(better)
-        self.write_log()
-
-    def sample(self) -> str:
-        """Text that starts a document, shown as it comes."""
-        pieces = []
-
-        def write(piece: str):
-            pieces.append(piece)
-            print(piece, end="", flush=True)
-
-        if self.settings.sample_tokens:
-            options = {"max_new_tokens": self.settings.sample_tokens, "seed": self.settings.seed}
-            continue_text(self.model, self.codec, "", write, temperature=0.8, **options)
-            print(flush=True)
-        return "".join(pieces)
+    try:
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        if not STATE <= state.keys():
+            raise ValueError(f"without {', '.join(sorted(STATE - state.keys()))}")
+        return state
+    except READING_FAILS as error:
+        raise UserError(f"{path} can't be read ({short(error)})") from None
 
 
-FILES = ("last.pt", "log.csv", "loss.png", "samples.txt", "config.json", "model.safetensors")
-FILES += TOKENIZER_FILES
+def check_same(found: dict, wanted: dict, path: Path):
+    """Raise a UserError unless the values of the first dict are those of the second."""
+    names = [name for name in wanted if found.get(name) != wanted[name]]
+    if names:
+        differences = "; ".join(f"{n} was {found.get(n)}, not {wanted[n]}" for n in names[:4])
+        raise UserError(f"{path} can't be resumed with other settings: {differences}")
 
 
-def make_autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+def check_tokenizer(folder: Path, own: Tokenizer, data: Path, other: Tokenizer):
+    """Raise a UserError unless a checkpoint's tokenizer is that of the data."""
+    if own == other:
+        return
+    difference = f"{own.size} and {other.size} tokens"
+    for a, b in zip(own.ranks.items(), other.ranks.items(), strict=False):
+        if a != b:
+            difference = f"{a} in place of {b}"
+            break
+    raise UserError(
+        f"the checkpoint in {folder} has another tokenizer than {data}: {difference}; give the "
+        "flags of its training, or start without --resume"
+    )
 
 
 def compiled(t: Training) -> nn.Module:
-    """The model by torch.compile, or itself where that does not work."""
+    """Return the model by torch.compile, or itself where that does not work."""
     engine = torch.compile(t.model)
     try:
-        inputs, targets = t.fetch(0, t.parts[0])
+        inputs, targets = t.corpus.sequences(range(t.settings.batch_size), t.device)
         with t.autocast:
             engine(inputs, labels=targets, shift_labels=False).loss.backward()
     except (RuntimeError, OSError, ImportError, AssertionError, TypeError) as error:
-        t.team.say(f"note: this goes on without --compile, which fails here ({short(error)})")
+        t.processes.print0(f"note: this is without --compile, which fails here ({short(error)})")
         engine = t.model
     t.model.zero_grad(set_to_none=True)
     return engine
 
 
-def draw_curves(log: list[dict]) -> bytes:
-    """A picture of the log: losses, speed and learning rate over the tokens read."""
+def draw_curves(log: list[dict], losses: list[float], tokens_per_step: int) -> bytes:
+    """Draw losses (that of every step, too), speed and learning rate over the tokens read."""
     from matplotlib.figure import Figure  # a slow import, only where it is needed
 
-    names = [("train_loss", "val_loss"), ("tokens_per_second",), ("learning_rate",)]
-    labels = ("loss (nats a token)", "tokens a second", "learning rate")
     figure = Figure(figsize=(7, 7), layout="constrained")
-    axes = figure.subplots(3, sharex=True, height_ratios=(3, 1, 1))
+    loss, speed, rate = figure.subplots(3, sharex=True, height_ratios=(3, 1, 1))
     tokens = [row["tokens"] for row in log]
-    for ax, columns, label in zip(axes, names, labels, strict=True):
-        for name in columns:
-            ax.plot(tokens, [float(row[name]) for row in log], ".-", label=name)
-        ax.set_ylabel(label)
-        ax.grid(alpha=0.3)
-    axes[0].legend()
-    axes[-1].set_xlabel("tokens read in training")
+    steps = tokens_per_step * np.arange(1, len(losses) + 1)
+    loss.plot(steps, losses, color="lightgray", linewidth=0.8, label="each step")
+    for name in ("train_loss", "val_loss"):
+        loss.plot(tokens, [float(row[name]) for row in log], ".-", label=name)
+    speed.plot(tokens, [float(row["tokens_per_second"]) for row in log], ".-")
+    rate.plot(tokens, [float(row["learning_rate"]) for row in log], ".-")
+    loss.set_ylabel("loss (nats per token)")
+    speed.set_ylabel("tokens per second")
+    rate.set_ylabel("learning rate")
+    rate.set_xlabel("tokens read in training")
+    loss.legend()
+    for axes in (loss, speed, rate):
+        axes.grid(alpha=0.3)
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=100)
     return content.getvalue()
@@ -845,7 +897,7 @@ def draw_curves(log: list[dict]) -> bytes:
 
 @contextlib.contextmanager
 def told_to_stop(leads: bool):
-    """A list that Ctrl-C or SIGTERM makes non-empty; a second Ctrl-C stops at once."""
+    """Yield a list that Ctrl-C or SIGTERM makes non-empty; a second Ctrl-C stops at once."""
     stop = []
 
     def interrupt(number, _):
@@ -854,60 +906,88 @@ def told_to_stop(leads: bool):
         if leads:
             print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr)
 
-    old = [(number, signal.signal(number, interrupt)) for number in (signal.SIGINT, signal.SIGTERM)]
+    old = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
     finally:
-        for number, handler in old:
+        for number, handler in old.items():
             signal.signal(number, handler)
 
 
+class ProgressBar:
+    """A bar on a terminal; elsewhere, as in a log file, a line every half minute."""
+
+    def __init__(self, leads: bool, progress: float):
+        form = "{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
+        hidden = None if leads else True  # None: without a terminal
+        self.bar = tqdm(total=1.0, initial=progress, bar_format=form, leave=False, disable=hidden)
+        self.lines = leads and self.bar.disable
+        self.last_line = time.monotonic()
+
+    def update(self, t: Training, seconds: float):
+        speed = t.sequences * t.settings.block_size / max(seconds, 1e-9)
+        text = f"step {t.step}, loss {t.losses[-1]:.3f}, {speed:,.0f} tokens/s"
+        self.bar.set_postfix_str(text)
+        self.bar.update(t.progress() - self.bar.n)
+        if self.lines and time.monotonic() > self.last_line + 30:
+            print(f"{t.progress():4.0%} {text}", flush=True)
+            self.last_line = time.monotonic()
+
+
 def train(t: Training):
-    """The loop: steps, and from time to time an evaluation and checkpoints."""
-    s, leads = t.settings, t.team.rank == 0
-    form = "{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
-    shown = {"bar_format": form, "leave": False, "disable": None if leads else True}
-    with told_to_stop(leads) as stop, tqdm(total=1.0, initial=t.progress(), **shown) as bar:
-        if leads and not t.step:
-            t.save(better=True)  # from here on the run can be resumed
+    """Take steps, and from time to time evaluate and save."""
+    s = t.settings
+    leads = t.processes.rank == 0
+    if leads and t.step == 0:
+        t.save(better=True)  # from here on the run can be resumed
+    bar = ProgressBar(leads, t.progress())
+    with told_to_stop(leads) as stop, bar.bar:
         while t.progress() < 1:
-            before = t.seconds
+            before = t.progress()
+            seconds = t.seconds
             stopped = t.train_step(bool(stop))
-            speed = t.rows * s.block_size / max(t.seconds - before, 1e-9)
-            bar.set_postfix_str(f"step {t.step}, loss {t.losses[-1]:.3f}, {speed:,.0f} tokens/s")
-            bar.update(t.progress() - bar.n)
-            if t.step % s.eval_interval == 0 or t.progress() == 1:
-                bar.clear()
+            bar.update(t, t.seconds - seconds)
+            if math.floor(before * s.evaluations) < math.floor(t.progress() * s.evaluations):
+                bar.bar.clear()
                 t.evaluate()
             elif leads and (stopped or t.step % s.save_interval == 0):
                 t.save(better=not t.log)
             if stopped:
-                bar.clear()
-                t.team.say(f"stopped and saved at step {t.step}; --resume goes on from here")
+                bar.bar.clear()
+                t.processes.print0(f"stopped and saved at step {t.step}; --resume continues")
                 sys.exit(128 + (stop or [signal.SIGINT])[0])
 
 
-def evaluate_only(s, team: Team):
-    """Print the results of out_dir's best model on all splits that were not trained on."""
-    model, codec = load_model(s.out_dir)
-    data = find_data(s)
-    check_tokenizer(Path(s.out_dir), codec, data, load_tokenizer(data))
-    corpus = Corpus(data, codec, s.block_size, s.seed)
-    autocast = make_autocast(team.device, choose_dtype(s.dtype, team.device))
-    other = "test" in corpus.counts and "test" not in (s.train_split, s.val_split)
-    splits = ["test", "val"] if other else ["val"]
-    report_all(model.to(team.device), corpus, splits, s.contexts, autocast)
-
-
-def train_and_report(s, team: Team):
-    t = Training(s, team)
+def train_and_report(s, processes: Distributed):
+    t = Training(s, processes)
+    splits = ", ".join(f"{split} {n['tokens']:,} tokens" for split, n in t.corpus.counts.items())
+    threads = f"{torch.get_num_threads()} threads"
+    if processes.size > 1:
+        threads += f" x {processes.size}"
+    parameters = sum(p.numel() for p in t.model.parameters())
+    processes.print0(
+        f"{parameters:,} parameters on {t.device}, {dtype_name(t.dtype)}, {threads}; {splits}"
+    )
     try:
         train(t)
-        if team.rank == 0:
+        if processes.rank == 0:
             model, _ = load_model(s.out_dir)
             report_all(model.to(t.device), t.corpus, ["val"], s.contexts, t.autocast)
     finally:
         t.lock.release()
+
+
+def evaluate_only(s, processes: Distributed):
+    """Print the results of out_dir's best model on all splits that were not trained on."""
+    model, tokenizer = load_model(s.out_dir)
+    data = find_data(s)
+    check_tokenizer(Path(s.out_dir), tokenizer, data, load_tokenizer(data))
+    corpus = Corpus(data, tokenizer, s.block_size, s.seed)
+    autocast = make_autocast(processes.device, choose_dtype(s.dtype, processes.device))
+    splits = ["val"]
+    if "test" in corpus.counts and "test" not in (s.train_split, s.val_split):
+        splits = ["test", "val"]
+    report_all(model.to(processes.device), corpus, splits, s.contexts, autocast)
 
 
 def main():
@@ -915,18 +995,18 @@ def main():
     keep_big_blocks()
     if s.threads:
         torch.set_num_threads(s.threads)
-    team = Team(s.device)
+    processes = Distributed(s.device)
     try:
         if not s.eval_only:
-            train_and_report(s, team)
-        elif team.rank == 0:
-            evaluate_only(s, team)
+            train_and_report(s, processes)
+        elif processes.rank == 0:
+            evaluate_only(s, processes)
     except UserError:
-        if team.rank:
+        if processes.rank:
             sys.exit(2)  # one sentence is enough
         raise
     finally:
-        team.leave()
+        processes.leave()
 
 
 if __name__ == "__main__":

@@ -10,17 +10,18 @@ vocabulary), the tokenizer (tokenizer.tiktoken, tokenizer_meta.json) and, last, 
 data were made, and the documents, bytes, words and tokens of each split.
 """
 
-import argparse
 import ast
 import base64
 import hashlib
+import http.client
 import json
 import os
 import re
+import shutil
 import sys
 import sysconfig
 import time
-import urllib.error
+import urllib.request
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -29,12 +30,13 @@ from pathlib import Path
 import numpy as np
 import rustbpe
 import tiktoken
+from tqdm import tqdm
 
 DATA = Path(__file__).resolve().parent
 if not __package__:  # run as a script, Python looks for modules in data/ alone
     sys.path.insert(0, str(DATA.parent))
 
-from data import hub
+from data.common import DownloadError, Parser, UserError, run, short, write_whole
 
 WIKITEXT = {  # addresses in the order to try, size in bytes and sha256 if known, lines of a split
     "wikitext-2": {
@@ -53,20 +55,12 @@ WIKITEXT = {  # addresses in the order to try, size in bytes and sha256 if known
 }
 SPLITS = {"train": "train", "val": "valid|val|validation", "test": "test"}
 ENDINGS = {".txt", ".md", ".rst", ".raw", ".tokens", ".text"}  # of text files
-TAKEN = ("small", "figures")  # folders in data/ that are no datasets
+TAKEN = ("small", "lecture")  # folders in data/ that are no datasets
 TOKENIZERS = ("bpe", "bytes", "gpt2")
 # GPT-2's way to cut text into words, written without look-ahead, which rustbpe does not know.
 WORD_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+"
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 BYTE_PATTERN = r"[\s\S]"
-
-
-class UserError(Exception):
-    """Something that the user can mend, said in one sentence."""
-
-
-class DownloadError(UserError):
-    """A file of the network that can't be had now."""
 
 
 # -------------------------------------------------------------------------------------- tokenizer
@@ -206,30 +200,15 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 # ------------------------------------------------------------------------------- files and network
 
 
-def short(error: Exception) -> str:
-    """An exception in few words, on one line."""
-    reason = error if isinstance(error, urllib.error.HTTPError) else getattr(error, "reason", error)
-    return " ".join(f"{type(error).__name__}: {reason}".split())[:160]
-
-
-def write_whole(path: Path, content):
-    """Write a file under another name, then rename it: it is never seen half-written."""
-    part = path.with_name(path.name + ".part")
-    try:
-        with part.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())  # on the disk before its name is, should the power go
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+TIMEOUT = 20  # seconds without an answer before a download is given up
 
 
 def download(url: str, path: Path, size: int | None = None, sha256: str | None = None):
     """Fetch a zip into a file, checked; DownloadError, and nothing left, if it is not the one."""
-    new = path.with_name(path.name + ".new")
+    new = path.with_name(f"{path.name}.{os.getpid()}.part")
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        hub.download(url, str(new))
+        copy_url(url, new)
         if size is not None and new.stat().st_size != size:
             raise DownloadError(f"{url} has {new.stat().st_size:,} bytes, not {size:,}")
         if sha256 and hashlib.sha256(new.read_bytes()).hexdigest() != sha256:
@@ -237,10 +216,24 @@ def download(url: str, path: Path, size: int | None = None, sha256: str | None =
         if not zipfile.is_zipfile(new):
             raise DownloadError(f"{url} gave something else than a zip file")
         os.replace(new, path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         raise DownloadError(f"{url} could not be downloaded ({short(error)})") from None
     finally:
         new.unlink(missing_ok=True)
+
+
+def copy_url(url: str, path: Path):
+    """Copy the body of an answer to a file, with a progress bar; OSError if it breaks off."""
+    # Some hosts answer 403 to Python's own User-Agent.
+    request = urllib.request.Request(url, headers={"User-Agent": "mega/1.0"})
+    with urllib.request.urlopen(request, timeout=TIMEOUT) as answer, path.open("wb") as file:
+        size = answer.length
+        bar = {"total": size, "desc": path.name, "unit": "B", "unit_scale": True, "disable": None}
+        with tqdm.wrapattr(answer, "read", **bar) as body:
+            shutil.copyfileobj(body, file)
+    got = path.stat().st_size
+    if size is not None and got != size:
+        raise OSError(f"it broke off after {got:,} of {size:,} bytes; try again")
 
 
 def decode(content: bytes, name: str) -> str:
@@ -501,47 +494,6 @@ def read_meta(folder: Path) -> dict:
         return json.loads((folder / "meta.json").read_bytes())
     except (FileNotFoundError, ValueError):
         return {}
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse with the file's docstring as help, and errors for `run` to print."""
-
-    def __init__(self, description: str):
-        super().__init__(
-            description=description,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
-
-    def error(self, message: str):
-        raise UserError(f"{message}; --help lists all flags")
-
-
-def run(main):
-    """Call a script's main(); a mistake of the user's ends it with one sentence and exit code 2."""
-    script = Path(sys.argv[0]).name
-    for stream in (sys.stdout, sys.stderr):  # a character that a terminal lacks must not end it
-        if stream is not None:
-            stream.reconfigure(errors="replace")
-    try:
-        main()
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader of our output left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
-    except (RuntimeError, MemoryError) as error:
-        if "memory" not in str(error) and not isinstance(error, MemoryError):
-            raise
-        sizes = "try a smaller batch, context or model"
-        print(f"{script}: out of memory ({short(error)}); {sizes}", file=sys.stderr)
-        sys.exit(2)
-    except (UserError, OSError) as error:
-        text = str(error) if isinstance(error, UserError) else short(error)
-        print(f"{script}: {text}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"\n{script}: stopped", file=sys.stderr)
-        sys.exit(130)
 
 
 def main():

@@ -1,7 +1,7 @@
 """A student's questions to MEGA, each answered by a run of less than two minutes.
 
-    python -m data.experiments           # the questions
-    python -m data.experiments memory    # one answer; or several names, or `all`
+    python -m data.lecture.experiments           # the questions
+    python -m data.lecture.experiments memory    # one answer; or several names, or `all`
 
 `memory`, `border` and `cache` look into the trained model in data/small, or into --model. The
 others train models of 0.46M parameters on the bytes of the text that ships with Python, in
@@ -19,12 +19,19 @@ import torch
 from torch import Tensor
 
 import train
-from data.learn import NoEMA, Undamped, learn, new_model_with, speed
-from data.prepare import Parser, UserError, load_tokenizer, prepare, read_meta, run
+from data.common import Parser, UserError, keep_big_blocks, run
+from data.lecture.learn import NoEMA, Undamped, learn, new_model_with, speed
+from data.prepare import load_tokenizer, prepare, read_meta
 from mega import DampedEMA, MegaCache, MegaForCausalLM
 from sample import SMALL, load_model
 
-TINY = {"dataset": "pydocs", "tokenizer": "bytes", "max_minutes": 0, "dropout": 0}
+TINY = {
+    "dataset": "pydocs",
+    "tokenizer": "bytes",
+    "max_minutes": 0,
+    "dropout": 0,
+    "hidden_dropout": 0,
+}
 TINY |= {"n_layer": 2, "n_embd": 128, "intermediate_size": 256, "nffn_hidden_size": 256}
 
 
@@ -37,7 +44,7 @@ def compare(options, *models):
     """Train models (a name, another class of moving averages or None, settings): a row of each."""
     print(f"{'bits a byte':26}{'train':>10}{'val':>10}{'tokens/s':>12}")
     for name, ema, changes in models:
-        make_model = ema and functools.partial(new_model_with, ema)
+        make_model = functools.partial(new_model_with, ema) if ema else train.new_model
         t = learn(read_settings(max_iters=options.steps, **changes), make_model)
         bits = np.mean(t.losses[-20:]) / math.log(2)  # a token is a byte
         val = train.evaluate(t.model, t.corpus, "val", "carried", t.autocast)["bits_per_byte"]
@@ -144,12 +151,12 @@ def cache(options):
         chunked, unchunked, transformer = (4 * size / 1024 for size in sizes)
         print(f"{length:8,}{chunked:12,.0f}{unchunked:12,.0f}{transformer:14,.0f}")
         if length == 100:
-            shapes = [tuple(t.shape) for t in caches[0].layers[0]]
+            shapes = [tuple(t.shape) for t in caches[0].layers[0][:3]]
     print("\na layer of the first row: state {}, keys {}, values {}".format(*shapes))
 
 
 def cached_numbers(found: MegaCache) -> int:
-    return sum(t.numel() for past in found.layers for t in past[:3])
+    return sum(t.numel() for layer in found.layers for t in layer[:3])
 
 
 # ---------------------------------------------------------------------------- models to be trained
@@ -210,7 +217,7 @@ def main():
     if not options.names:
         for name, answer in EXPERIMENTS.items():
             print(f"{name:10} {answer.__doc__.splitlines()[0]}")
-    train.keep_big_blocks()
+    keep_big_blocks()
     for name in EXPERIMENTS if "all" in options.names else options.names:
         start = time.perf_counter()
         print(f"{inspect.cleandoc(EXPERIMENTS[name].__doc__)}\n")

@@ -1,7 +1,7 @@
-"""Draw the README's figures, data/figures/*.svg, from runs made on the spot.
+"""Draw the README's figures, data/lecture/figures/*.svg, from runs made on the spot.
 
-    python -m data.draw --nanogpt ../nanoGPT/model.py    # all of them, in seven minutes
-    python -m data.draw kernels memory                   # some of them
+    python -m data.lecture.draw --nanogpt ../nanoGPT/model.py    # all of them, in seven minutes
+    python -m data.lecture.draw kernels memory                   # some of them
 
 kernels, memory   the moving averages of the model in data/small, and of a new one
 cost              time and memory of the EMA's modes, and a training step, by length
@@ -17,6 +17,7 @@ import importlib.util
 import io
 import math
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,14 +26,14 @@ from matplotlib import rcParams
 from matplotlib.figure import Figure
 
 import train
-from data import compare, demo
-from data.experiments import check_names, half_lives, layers_of, read_settings
-from data.learn import NanoGPT, NoEMA, Undamped, learn, new_model_with, speed
-from data.prepare import DATA, Parser, run, write_whole
+from data.common import Parser, keep_big_blocks, run, write_whole
+from data.lecture import compare
+from data.lecture.experiments import check_names, half_lives, layers_of, read_settings
+from data.lecture.learn import NanoGPT, NoEMA, Undamped, learn, new_model_with, speed
 from mega import MegaConfig, MegaForCausalLM, ema_kernel
 from sample import SMALL
 
-FIGURES = DATA / "figures"
+FIGURES = Path(__file__).parent / "figures"
 MINUTES = 0.8  # of each training
 EVERY = 0.1  # part of a training between two evaluations
 LENGTHS = (256, 1024, 4096, 16384)  # of a training step's rows
@@ -103,21 +104,21 @@ def memory(options):
 def cost(options):
     """EMA modes, forward and backward (time, memory), and the training step, by length."""
     figure, (ms, mib, steps) = new_figure(3, 11)
-    for mode in demo.EMA_MODES:
-        lengths = [n for n in (16, 64, 256, 1024, 4096, 16384) if n <= demo.LONGEST[mode]]
+    for mode in compare.EMA_MODES:
+        lengths = [n for n in (16, 64, 256, 1024, 4096, 16384) if n <= compare.LONGEST[mode]]
         times, sizes = [], []
         for length in lengths:
-            inputs = demo.ema_inputs(length, torch.float32)
-            work = functools.partial(demo.run_ema, mode, inputs)
-            times.append(1e3 * demo.seconds(lambda work=work: work().sum().backward()))
-            sizes.append(demo.kept_bytes(work) / 2**20)
+            inputs = compare.ema_inputs(length, torch.float32)
+            work = functools.partial(compare.run_ema, mode, inputs)
+            times.append(1e3 * compare.seconds(lambda work=work: work().sum().backward()))
+            sizes.append(compare.kept_bytes(work) / 2**20)
         ms.loglog(lengths, times, ".-", label=mode)
         mib.loglog(lengths, sizes, ".-", label=mode)
         found = zip(lengths, times, strict=True)
         print(f"  {mode}: " + ", ".join(f"{n:,} {t:.1f} ms" for n, t in found), flush=True)
     ms.set_title("the EMA, milliseconds", fontsize=10)
     mib.set_title("the EMA, MiB kept for backward", fontsize=10)
-    models = {"this": lambda _: MegaForCausalLM(MegaConfig(**demo.MODEL))}
+    models = {"this": lambda _: MegaForCausalLM(MegaConfig(**compare.MODEL))}
     if importlib.util.find_spec("transformers"):
         models["transformers"] = lambda _: compare.build_theirs()
     if options.nanogpt:
@@ -126,9 +127,9 @@ def cost(options):
     for name, build in models.items():
         speeds = []
         for length in LENGTHS:
-            ids = torch.randint(3, demo.MODEL["vocab_size"], (max(4096 // length, 1), length))
+            ids = torch.randint(3, compare.MODEL["vocab_size"], (max(4096 // length, 1), length))
             work = functools.partial(compare.train_step, build(length).train(), ids, dtype)
-            speeds.append(ids.numel() / demo.seconds(work, 2))
+            speeds.append(ids.numel() / compare.seconds(work, 2))
         steps.semilogx(LENGTHS, speeds, ".-", label=name)
         found = zip(LENGTHS, speeds, strict=True)
         print(f"  {name}: " + ", ".join(f"{n:,} {v:,.0f} tokens/s" for n, v in found), flush=True)
@@ -144,7 +145,7 @@ def cost(options):
 
 
 @functools.cache
-def trained(name: str, make_model=None, **changes):
+def trained(name: str, make_model=train.new_model, **changes):
     """A model after MINUTES of training, its corpus, and (minutes, bits a byte) on the way."""
     s, curve = read_settings(max_minutes=MINUTES, max_iters=10**6, **changes), []
 
@@ -159,10 +160,10 @@ def trained(name: str, make_model=None, **changes):
 
 
 MODELS = {
-    "MEGA": (None, {}),
+    "MEGA": (train.new_model, {}),
     "no moving average": (functools.partial(new_model_with, NoEMA), {}),
     "delta = 1": (functools.partial(new_model_with, Undamped), {}),
-    "N = 1": (None, {"ema_size": 1}),
+    "N = 1": (train.new_model, {"ema_size": 1}),
 }
 
 
@@ -224,7 +225,7 @@ def main():
     options = parser.parse_args()
     check_names("figure", options.names, DRAWINGS)
     compare.check_file(options.nanogpt)
-    train.keep_big_blocks()
+    keep_big_blocks()
     for name in options.names or DRAWINGS:
         start = time.perf_counter()
         print(f"{name}: {DRAWINGS[name].__doc__}")

@@ -1,7 +1,7 @@
 """Seven exercises. Write a function, then see whether its test passes:
 
-    pytest data/exercises.py                 # all; an unwritten one fails
-    pytest data/exercises.py -k half_life    # one of them
+    pytest data/lecture/exercises.py                 # all; an unwritten one fails
+    pytest data/lecture/exercises.py -k half_life    # one of them
 
 They follow the README's lecture, from the moving average to a head of your own. test_mega.py has a
 solution of each, and a near miss that its test must find.
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 import mega
-from data.learn import NoEMA
-from mega import MegaConfig, MegaForCausalLM, MegaHead, ema_direct, ema_recurrent
+from data.lecture.learn import NoEMA
+from mega import MegaBase, MegaConfig, MegaForCausalLM, ema_direct, ema_recurrent
 
 
 def half_life(p: float, delta: float) -> float:
@@ -64,15 +64,14 @@ def first_seen(position: int, chunk: int, layers: int) -> int:
     raise NotImplementedError("write first_seen")
 
 
-class RowRegression(MegaHead):
-    """One number for each row: a linear layer on the mean of the row's last hidden states.
+class SequenceRegression(MegaBase):
+    """One number for each sequence: a linear layer `classifier` on the mean of its last hidden states.
 
-    Its output is named `classifier`, as MegaHead has it; logits are (B, 1), and with labels (B,)
-    the loss is the mean absolute error.
+    Logits are (B, 1), and with labels (B,) the loss is the mean absolute error.
     """
 
     def __init__(self, config: MegaConfig):
-        raise NotImplementedError("write RowRegression")
+        raise NotImplementedError("write SequenceRegression")
 
 
 # ------------------------------------------------------------------------------------------- tests
@@ -149,7 +148,7 @@ def test_cached_numbers(chunk):
         model = MegaForCausalLM(config).eval()
         for length in (1, 3, 4, 7, 13):
             found = model.mega(torch.zeros(1, length, dtype=torch.long), use_cache=True).cache
-            numbers = sum(t.numel() for past in found.layers for t in past)
+            numbers = sum(t.numel() for layer in found.layers for t in layer[:3])
             assert cached_numbers(config, length) == numbers
 
 
@@ -167,9 +166,9 @@ def test_first_seen(layers, chunk):
         assert first_seen(position, chunk, layers) == seen.min()
 
 
-def test_row_regression():
+def test_sequence_regression():
     config = MegaConfig(vocab_size=11, hidden_size=6, num_hidden_layers=1)
-    model = RowRegression(config).double().eval()
+    model = SequenceRegression(config).double().eval()
     ids, labels = torch.randint(2, 11, (3, 5)), torch.tensor([1.0, -2.0, 30.0])
     out = model(ids, labels=labels)
     hidden = model.mega(ids).last_hidden_state.mean(1)

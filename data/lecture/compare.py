@@ -1,7 +1,7 @@
 """Speed beside other implementations, in one process and by turns: medians, in tokens/s.
 
-    python -m data.compare --nanogpt ../nanoGPT/model.py     # needs transformers==4.40.2
-    python -m data.compare --mega_pytorch ../Mega-pytorch/mega_pytorch/mega_pytorch.py
+    python -m data.lecture.compare --nanogpt ../nanoGPT/model.py     # needs transformers==4.40.2
+    python -m data.lecture.compare --mega_pytorch ../Mega-pytorch/mega_pytorch/mega_pytorch.py
 
 Training steps (forward, loss, backward; 4,096 tokens, or one row where longer) with nanoGPT's model
 of the same width and depth, forward passes, and greedy decoding of 1,024 tokens. By default blocks
@@ -17,12 +17,56 @@ from pathlib import Path
 
 import torch
 
-from data.demo import MODEL
-from data.prepare import UserError, run
-from mega import MegaConfig, MegaForCausalLM, MegaOutput, cross_entropy
-from train import keep_big_blocks
+from data.common import UserError, keep_big_blocks, run
+from mega import EMA_MODES, DampedEMA, MegaConfig, MegaForCausalLM, MegaOutput, cross_entropy
+from train import bfloat16_is_faster
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# The model of the README's speed tables: 5.4M parameters.
+MODEL = {
+    "vocab_size": 8192, "hidden_size": 256, "num_hidden_layers": 4, "intermediate_size": 512,
+    "nffn_hidden_size": 512, "shared_representation_size": 64, "use_chunking": True,
+    "chunk_size": 128, "normalization_type": "layernorm", "is_decoder": True,
+    "bidirectional": False, "add_lm_hidden_dense_layer": False, "dropout_prob": 0.0,
+    "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+    "nffn_activation_dropout_prob": 0.0,
+}  # fmt: skip
+LONGEST = {"direct": 256, "recurrent": 1024, "fft": 16384, "blockwise": 65536}  # in a few seconds
+
+
+def seconds(work, rounds: int = 3) -> float:
+    """The median time of a few calls, after one that does not count."""
+    times = []
+    for _ in range(rounds + 1):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
+def kept_bytes(work) -> int:
+    """Of the tensors that `work` keeps for a backward pass, each piece of memory once."""
+    sizes = {}
+
+    def note(t: torch.Tensor) -> torch.Tensor:
+        sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        _ = work()
+    return sum(sizes.values())
+
+
+def ema_inputs(length: int, dtype: torch.dtype) -> tuple:
+    """x (1, L, 256) and the coefficients u, q, g (256, 16) of a new layer, all with gradients."""
+    torch.manual_seed(0)
+    layer = DampedEMA(MegaConfig(**MODEL)).to(dtype)
+    inputs = torch.randn(1, length, MODEL["hidden_size"], dtype=dtype), *layer.coefficients()
+    return tuple(t.detach().requires_grad_() for t in inputs)
+
+
+def run_ema(mode: str, inputs: tuple) -> torch.Tensor:
+    y = EMA_MODES[mode](*inputs)
+    return y if mode in ("direct", "fft") else y[0]
 
 
 def build_theirs(**changes) -> torch.nn.Module:
@@ -112,7 +156,10 @@ def main(arguments=None):
     check_file(options.mega_pytorch)
     random_ids = functools.partial(torch.randint, 3, MODEL["vocab_size"])
     ours = MegaForCausalLM(MegaConfig(**MODEL))
-    for dtype_name, dtype in DTYPES.items():
+    dtypes = {"float32": torch.float32}
+    if bfloat16_is_faster():  # elsewhere it would take hours
+        dtypes["bfloat16"] = torch.bfloat16
+    for dtype_name, dtype in dtypes.items():
         for length in options.lengths:
             models = {"this": ours.train(), "transformers": build_theirs().train()}
             if options.nanogpt:

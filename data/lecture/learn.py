@@ -1,7 +1,7 @@
 """What other models learn in train.py's loop: how well, beside MEGA, in the same minutes.
 
-    python -m data.learn --nanogpt ../nanoGPT/model.py --nanogpt_dropout 0.2 --max_minutes=5
-    python -m data.learn --transformers       # their MEGA; needs transformers==4.40.2
+    python -m data.lecture.learn --nanogpt ../nanoGPT/model.py --nanogpt_dropout 0.2 --max_minutes=5
+    python -m data.lecture.learn --transformers       # their MEGA; needs transformers==4.40.2
 
 All other flags are train.py's, for all models: text, optimizers, schedule, precision, batches.
 """
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import train
-from data.compare import check_file, load_file
-from data.prepare import run
+from data.common import keep_big_blocks, run
+from data.lecture.compare import check_file, load_file
 from mega import DampedEMA, MegaConfig, MegaForCausalLM, MegaOutput, cross_entropy
 
 # ------------------------------------------------------------------------------------ other models
@@ -72,6 +72,9 @@ class NoEMA(nn.Module):
         super().__init__()
         self.residual_weight = nn.Parameter(torch.randn(config.hidden_size))
 
+    def coefficients(self) -> tuple:
+        return ()
+
     def forward(self, x: Tensor, mask=None, state=None, **_):
         return F.silu(x * self.residual_weight), x.new_zeros(len(x), 0)
 
@@ -95,10 +98,10 @@ def new_model_with(ema: type[nn.Module], s, codec) -> MegaForCausalLM:
 # ---------------------------------------------------------------------------------------- learning
 
 
-def learn(s, make_model=None, after_step=lambda t: None) -> train.Training:
+def learn(s, make_model=train.new_model, after_step=lambda t: None) -> train.Training:
     """A training from its first to its last step, in a folder that is deleted in the end."""
     with tempfile.TemporaryDirectory() as s.out_dir, contextlib.redirect_stdout(sys.stderr):
-        t = train.Training(s, train.Team(s.device), make_model)  # what it says is no result
+        t = train.Training(s, train.Distributed(s.device), make_model)  # what it says is no result
         try:
             with tqdm(total=1.0, leave=False, disable=None) as bar:
                 while t.progress() < 1:
@@ -112,7 +115,7 @@ def learn(s, make_model=None, after_step=lambda t: None) -> train.Training:
 
 def speed(t: train.Training) -> float:
     """Tokens a second."""
-    return t.step * t.rows * t.settings.block_size / t.seconds
+    return t.step * t.sequences * t.settings.block_size / t.seconds
 
 
 def nats_in_overlapping_windows(model, tokens: Tensor, length: int, autocast) -> float:
@@ -122,13 +125,13 @@ def nats_in_overlapping_windows(model, tokens: Tensor, length: int, autocast) ->
         window = tokens[None, start : start + length + 1]
         targets = window[:, 1:].clone()
         targets[:, : length - half if start else 0] = -100
-        total += train.nats(model, window[:, :-1], targets, autocast)[0]
+        total += train.summed_loss(model, window[:, :-1], targets, autocast)[0]
     return total
 
 
-def show(name: str, s, make_model=None):
+def show(name: str, s, make_model=train.new_model):
     """Train a model and say how well it then predicts the validation split."""
-    t, ours, length, found = learn(s, make_model), make_model is None, s.block_size, {}
+    t, ours, length, found = learn(s, make_model), make_model is train.new_model, s.block_size, {}
     for context in (str(length), *(("carried", "sliding") if ours else ())):
         about = f"windows of {context}" if context.isdigit() else context
         found[about] = train.evaluate(t.model, t.corpus, "val", context, t.autocast)
@@ -152,7 +155,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=1)
     mine, others = parser.parse_known_args()
     check_file(mine.nanogpt)
-    train.keep_big_blocks()
+    keep_big_blocks()
     for _ in range(mine.rounds):
         show("MEGA", train.read_settings(others))
         if mine.transformers:
