@@ -616,7 +616,9 @@ def attention_weights(query, key, bias, visible, kind: str) -> Tensor:
         return ATTENTION_FUNCTIONS[kind](scores)
     lowest = torch.finfo(scores.dtype).min  # not -inf: a softmax of nothing else would be NaN
     weights = ATTENTION_FUNCTIONS[kind](torch.where(visible, scores, lowest))
-    return weights * visible
+    if visible.dim() > 2:  # with padding, a query may see nothing, of which softmax makes 1 / C
+        weights = weights * visible
+    return weights
 
 
 class SimpleBias(nn.Module):
@@ -1114,7 +1116,8 @@ class MegaBlock(nn.Module):
             if cache is None:
                 keys, values = self.cross_attn.keys_and_values(source)
             else:
-                keys, values = cache.source_keys, cache.source_values
+                keys = cache.source_keys
+                values = cache.source_values
             x, cross_weights = self.cross_attn(x, keys, values, source_mask, start)
             if use_cache:
                 next_cache = next_cache._replace(source_keys=keys, source_values=values)
