@@ -4,18 +4,22 @@ A layer smooths its input with a learned, damped exponential moving average (EMA
 come from the smoothed input, values from the input itself. A single head attends within chunks of
 the sequence, and gates mix what it found into the input. Between chunks there is only the EMA.
 
-Shapes are batch-first. The letters, each with one meaning:
+Shapes are batch-first. The letters for sizes (not the paper's matrices of these names):
 
-    B  sequences in a batch                D  hidden_size
+    B  sequences in a batch                D  hidden_size, channels
     L  positions of this call              V  intermediate_size, the width of values
     C  chunk_size, positions of a chunk    Z  shared_representation_size, of queries and keys
-    K  chunks, or blocks, of a sequence    N  ema_projection_size, EMA states of a channel
-    R  cached positions                    E  EMA channels: D, or 2D when bidirectional
-    S  positions of an encoder             P  max_positions
-    c  positions of an EMA block           q  decay of an EMA state, between 0 and 1
+    K  chunks of a sequence                N  ema_projection_size, EMA states of a channel
+    T  queries in a chunk                  E  EMA channels: D, or 2D when bidirectional
+    R  cached positions                    P  max_positions
+    S  positions of an encoder             M  EMA blocks of a sequence, of c positions each
 
-Parameters have Hugging Face's names, so that checkpoints fit. Two are swapped against the paper:
-`damping_factor` holds its alpha (the weight p of the incoming value), `decay_factor` its delta.
+and for the numbers of an EMA state: u is what it takes of the input, q what it keeps in a step
+(between 0 and 1), g what it gives to the output.
+
+Parameters have Hugging Face's names, so that checkpoints fit. Two names are the reverse of the
+paper's: `damping_factor` is the logit of its alpha, here p, and `decay_factor` that of its damping
+delta.
 """
 
 import contextlib
@@ -36,15 +40,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 # ------------------------------------------------------------------------------------- 1 config
-# Hugging Face's names and defaults; final_norm and what follows it are the original code's, which
-# trains language models with final_norm and scale_embedding and without the dense layer.
+# Hugging Face's names and defaults. final_norm, scale_embedding and mean_pooling come from the
+# paper's code, whose language models have the first two and add_lm_hidden_dense_layer=False.
 
 
 @dataclass
 class MegaConfig:
-    """Settings of a model. A value or a combination that can't be is a ValueError of one sentence,
-    here and again where a model is built.
-    """
+    """Settings of a model; an invalid one raises a ValueError, here and when a model is built."""
 
     vocab_size: int = 30522
     hidden_size: int = 128  # D
@@ -55,7 +57,7 @@ class MegaConfig:
     shared_representation_size: int = 64  # Z
     use_chunking: bool = False
     chunk_size: int = -1  # C
-    truncation: int | None = None  # only so many first numbers of the EMA kernel count
+    truncation: int | None = None  # keep only this many taps of the EMA kernel; None: all
     normalize_before_mega: bool = True
     normalization_type: str = "scalenorm"
     norm_affine: bool = True
@@ -89,7 +91,7 @@ class MegaConfig:
     problem_type: str | None = None  # of sequence classification; None: see its class
     tie_word_embeddings: bool = True
     use_cache: bool = True  # a decoder in eval mode returns its cache unless told otherwise
-    final_norm: bool = False  # a norm without affine after the last pre-norm layer
+    final_norm: bool = False  # a norm without learned scale and shift after the last layer
     scale_embedding: bool = False  # embeddings times sqrt(D)
     mean_pooling: bool = False  # a sequence's vector is its mean, not its first position
     gradient_checkpointing: bool = False  # compute layers again in the backward pass: less memory
@@ -104,7 +106,7 @@ class MegaConfig:
         self.id2label = {int(i): name for i, name in self.id2label.items()}  # JSON has text keys
 
     def check(self):
-        """Raise a ValueError about the first setting, or pair of settings, that can't be."""
+        """Raise a ValueError about the first invalid setting or pair of settings."""
         for names, rule, valid in (
             (COUNTS, "an integer from 1 on", is_count),
             ("truncation", "None or an integer from 1 on", lambda x: x is None or is_count(x)),
@@ -132,7 +134,7 @@ class MegaConfig:
                 f"use_chunking=True needs a chunk_size from 1 on, got {self.chunk_size}"
             )
         if self.pad_token_id is not None and self.pad_token_id >= self.vocab_size:
-            raise ValueError(
+            raise ValueError(  # the embedding has a row for it
                 f"pad_token_id must be below vocab_size {self.vocab_size}, got {self.pad_token_id}"
             )
         if self.relative_positional_bias == "rotary" and self.shared_representation_size % 2:
@@ -150,7 +152,7 @@ class MegaConfig:
             )
         if self.gradient_checkpointing and "batchnorm" in self.normalization_type:
             raise ValueError(
-                f"gradient_checkpointing=True would feed {self.normalization_type} twice; "
+                f"gradient_checkpointing=True would feed {self.normalization_type}'s statistics twice; "
                 "choose another normalization_type"
             )
         if self.id2label is not None and len(self.id2label) != self.num_labels:
@@ -176,7 +178,7 @@ class MegaConfig:
 
     @classmethod
     def from_dict(cls, values: dict, **settings) -> "MegaConfig":
-        """Make the config of a config.json's content, with `settings` changed.
+        """Build a config from a parsed config.json, whose values `settings` override.
 
         Keys that MegaConfig does not have are kept in `extra`.
         """
@@ -185,10 +187,10 @@ class MegaConfig:
         names = {f.name for f in fields(cls)}
         known = {name: value for name, value in values.items() if name in names}
         known["extra"] = {name: value for name, value in values.items() if name not in names}
-        names = settings.get("id2label") or known.pop("id2label", None)
-        if names and settings.get("num_labels", len(names)) == len(names):
-            known["id2label"] = names
-            known["num_labels"] = len(names)
+        labels = settings.get("id2label") or known.pop("id2label", None)
+        if labels and settings.get("num_labels", len(labels)) == len(labels):
+            known["id2label"] = labels  # another num_labels drops the file's names
+            known["num_labels"] = len(labels)
         return cls(**{**known, **settings})
 
     def to_dict(self) -> dict:
@@ -199,7 +201,7 @@ class MegaConfig:
         return {**extra, **values, "label2id": label2id, "model_type": "mega"}
 
 
-# The settings that one rule each holds for.
+# Settings, grouped by the rule that MegaConfig.check applies.
 COUNTS = """
     vocab_size hidden_size num_hidden_layers intermediate_size ema_projection_size
     shared_representation_size nffn_hidden_size max_positions type_vocab_size num_labels
@@ -238,19 +240,20 @@ def is_optional_names(x) -> bool:
 
 
 def one_of(choices):
-    """Return the rule that a value is one of the choices, in words and as a function."""
+    """Return the rule "one of the choices", in words and as a test."""
     choices = list(choices)
     return f"one of {', '.join(map(str, choices))}", lambda x: x in choices
 
 
 def check_shape(name: str, x: Tensor, *shape: int | str):
     """Raise a ValueError unless x has the shape, in which a letter stands for any size but 0."""
-    fits = x.ndim == len(shape)
-    for size, wanted in zip(x.shape, shape, strict=False):
-        fits = fits and (size > 0 if isinstance(wanted, str) else size == wanted)
-    if not fits:
-        wanted = ", ".join(map(str, shape))
-        raise ValueError(f"{name} must be non-empty ({wanted}), got {tuple(x.shape)}")
+    fits = [
+        size > 0 if isinstance(wanted, str) else size == wanted
+        for size, wanted in zip(x.shape, shape, strict=False)
+    ]
+    if x.ndim != len(shape) or not all(fits):
+        text = ", ".join(map(str, shape))
+        raise ValueError(f"{name} must be non-empty ({text}), got {tuple(x.shape)}")
 
 
 def check_ids(name: str, ids: Tensor, limit: int, *shape: int | str):
@@ -259,7 +262,7 @@ def check_ids(name: str, ids: Tensor, limit: int, *shape: int | str):
     if ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"{name} must be integers, got {ids.dtype}")
     if ids.device.type != "cpu" or torch.compiler.is_compiling():
-        return  # to look at them would wait for the GPU, or can't be traced
+        return  # reading values would wait for the GPU, and can't be traced
     lowest, highest = ids.aminmax()
     if lowest < 0 or highest >= limit:
         wrong = lowest if lowest < 0 else highest
@@ -275,24 +278,28 @@ def check_ids(name: str, ids: Tensor, limit: int, *shape: int | str):
 #
 # where p is the paper's alpha, and gamma its eta (the 1/sqrt(N) is only in its code). Unrolled, this
 # is a convolution with the kernel k[l] = sum_n g u q^l (appendix A). The functions below compute the
-# same y (B, L, D) of x (B, L, D) and u, q, g (D, N), in fp32 or fp64; some go on from a state
-# (B, D, N) and return the last one. A bidirectional layer calls them with E = 2D channels.
+# same y (B, L, D) of x (B, L, D) and u, q, g (D, N), in fp32 or fp64; some continue from a state
+# (B, D, N) and return the last one. In a bidirectional layer D stands for its E = 2D channels.
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def without_autocast(x: Tensor):
-    """Return a context in which x's device computes in the dtypes it is given."""
+def autocast_is_on(x: Tensor) -> bool:
     device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def autocast_off(x: Tensor):
+    """Return a context without autocast on x's device, so that fp32 stays fp32."""
+    if autocast_is_on(x):
+        return torch.autocast(x.device.type, enabled=False)
     return contextlib.nullcontext()
 
 
 def ema_kernel(u: Tensor, q: Tensor, g: Tensor, length: int, truncation=None) -> Tensor:
-    """Compute k[l] = sum_n g u q^l (appendix A), (D, length); with `truncation`, 0 from there on."""
+    """Compute k[l] = sum_n g u q^l (appendix A), (D, length); 0 for l >= truncation."""
     taps = length if truncation is None else min(truncation, length)
     lags = torch.arange(taps, dtype=q.dtype, device=q.device)
     kernel = torch.einsum("dn,dnl->dl", g * u, q.unsqueeze(-1) ** lags)
@@ -302,8 +309,9 @@ def ema_kernel(u: Tensor, q: Tensor, g: Tensor, length: int, truncation=None) ->
 def toeplitz(kernel: Tensor) -> Tensor:
     """Make the matrices that convolve with kernel (D, L): M[d, i, j] = kernel[d, i - j], or 0."""
     length = kernel.shape[-1]
-    # Window i of 0 ... 0 k[0] ... k[L-1] is k[i-L+1] ... k[i]; row i has it from right to left.
-    return F.pad(kernel, (length - 1, 0)).unfold(-1, length, 1).flip(-1)
+    padded = F.pad(kernel, (length - 1, 0))  # 0 ... 0 k[0] ... k[L-1]
+    windows = padded.unfold(-1, length, 1)  # the i-th is k[i-L+1] ... k[i]
+    return windows.flip(-1)
 
 
 def ema_direct(x: Tensor, u: Tensor, q: Tensor, g: Tensor, truncation=None) -> Tensor:
@@ -316,13 +324,13 @@ def ema_fft(x: Tensor, u: Tensor, q: Tensor, g: Tensor, truncation=None) -> Tens
     """Convolve by FFT (appendix A): O(L (N + log L) D) time."""
     length = x.shape[1]
     kernel = ema_kernel(u, q, g, length, truncation)
-    n = 2 * length  # zero-padded, so that the circular convolution does not wrap around
-    spectrum = torch.fft.rfft(x.mT, n) * torch.fft.rfft(kernel, n)
-    return torch.fft.irfft(spectrum, n)[..., :length].mT
+    padded = 2 * length  # with zeros, so that the circular convolution does not wrap around
+    spectrum = torch.fft.rfft(x.mT, padded) * torch.fft.rfft(kernel, padded)
+    return torch.fft.irfft(spectrum, padded)[..., :length].mT
 
 
 def ema_recurrent(x: Tensor, u: Tensor, q: Tensor, g: Tensor, state=None) -> tuple[Tensor, Tensor]:
-    """Step through the recurrence (equation 5); return y and the last state: O(L D N) time."""
+    """Step through the recurrence (equation 5); return y and the last state. O(L D N) time."""
     h = initial_state(x, u, state)
     ys = []
     for x_t in x.unbind(dim=1):
@@ -340,56 +348,62 @@ def initial_state(x: Tensor, u: Tensor, state: Tensor | None) -> Tensor:
 
 
 def ema_blockwise(x, u, q, g, state=None, block=32) -> tuple[Tensor, Tensor]:
-    """Convolve inside blocks, recur between them; return y and the last state: O(L D (c + N)) time.
+    """Convolve inside blocks, recur between them; return y and the last state. O(L D (c + N)) time.
 
     In a block of c positions after position s, for 1 <= i <= c,
 
-        y_{s+i} = sum_{j<=i} k[i-j] x_{s+j}  +  sum_n g q^i h_s
-        h_{s+c} = q^c h_s  +  sum_{j<=c} q^{c-j} u x_{s+j}
+        y_{s+i} = sum_{j<=i} k[i-j] x_{s+j}  +  sum_n g q^i h_s              (a)
+        h_{s+c} = q^c h_s  +  sum_{j<=c} q^{c-j} u x_{s+j}                   (b)
     """
     if block < 1:
         raise ValueError(f"block must be a positive integer, got {block}")
     state = initial_state(x, u, state)
     length = x.shape[1]
-    inside, write, read = block_matrices(u, q, g, min(block, length))
     whole = length - length % block
+    inside, write, read = block_matrices(u, q, g, min(block, length))
+    average = average_blocks if needs_plain_autograd() else FastBlocks.apply
     ys = []
+    # Whole blocks, then a shorter last one, which needs only a corner of the same matrices.
     for part in (x[:, :whole], x[:, whole:]):
         c = min(block, part.shape[1])
-        if c > 0:  # the rest is one shorter block, which takes a corner of the same matrices
+        if c > 0:
             corner = (inside[:, :c, :c], write[..., -c:], read[..., :c], q**c)
-            average = average_blocks if needs_plain_autograd() else FastBlocks.apply
             y, state = average(part, *corner, state)
             ys.append(y)
-    return ys[0] if len(ys) == 1 else torch.cat(ys, dim=1), state
+    y = torch.cat(ys, dim=1) if len(ys) > 1 else ys[0]
+    return y, state
 
 
 def block_matrices(u: Tensor, q: Tensor, g: Tensor, c: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute what the two equations multiply with, for blocks of c positions."""
-    powers = q.unsqueeze(-1).expand(-1, -1, c).cumprod(dim=-1)  # q^1 ... q^c, (D, N, c)
+    """Compute the matrices of equations (a) and (b):
+
+    inside_ij = k[i-j] (D, c, c), write_j = q^{c-j} u (D, N, c), read_i = g q^i (D, N, c).
+    """
+    powers = q.unsqueeze(-1).expand(-1, -1, c).cumprod(dim=-1)  # q^1 ... q^c
     from_zero = F.pad(powers[..., :-1], (1, 0), value=1.0)  # q^0 ... q^{c-1}
-    inside = toeplitz(torch.einsum("dn,dnl->dl", g * u, from_zero))  # x_j to y_i, (D, c, c)
-    write = u.unsqueeze(-1) * from_zero.flip(-1)  # x_j to the state after the block, (D, N, c)
-    read = g.unsqueeze(-1) * powers  # the state before the block to y_i, (D, N, c)
-    return inside, write, read
+    kernel = torch.einsum("dn,dnl->dl", g * u, from_zero)
+    write = u.unsqueeze(-1) * from_zero.flip(-1)
+    read = g.unsqueeze(-1) * powers
+    return toeplitz(kernel), write, read
 
 
 def average_blocks(x, inside, write, read, decay, state) -> tuple[Tensor, Tensor]:
-    """Apply the two equations to x (B, K c, D), from state (B, D, N) on."""
-    blocks = x.unflatten(1, (-1, inside.shape[-1])).permute(3, 0, 1, 2)  # (D, B, K, c)
-    written = torch.einsum("dnj,dbkj->dnbk", write, blocks)
-    states = scan(torch.cat([state.permute(1, 2, 0).unsqueeze(-1), written], dim=-1), decay)
-    y = torch.einsum("dij,dbkj->bkid", inside, blocks)
-    y = y + torch.einsum("dni,dnbk->bkid", read, states[..., :-1])
+    """Apply equations (a) and (b) to x (B, M c, D), starting from state (B, D, N); decay is q^c."""
+    blocks = x.unflatten(1, (-1, inside.shape[-1])).permute(3, 0, 1, 2)  # (D, B, M, c)
+    written = torch.einsum("dnj,dbmj->dnbm", write, blocks)
+    first = state.permute(1, 2, 0).unsqueeze(-1)  # (D, N, B, 1)
+    states = scan(torch.cat([first, written], dim=-1), decay)  # (D, N, B, M + 1)
+    y = torch.einsum("dij,dbmj->bmid", inside, blocks)
+    y = y + torch.einsum("dni,dnbm->bmid", read, states[..., :-1])
     return y.flatten(1, 2), states[..., -1].permute(2, 0, 1)
 
 
 def scan(terms: Tensor, decay: Tensor) -> Tensor:
-    """Compute h_k = decay h_{k-1} + terms_k for all k at once; terms (D, N, B, K), decay (D, N).
+    """Compute h_m = decay h_{m-1} + terms_m for all m at once, from h_0 = terms_0 on.
 
-    An associative scan: after rounds 1, 2, 3, ... each h holds its last 2, 4, 8, ... terms. Of four
-    terms a, b, c, d, the first round makes a, qa + b, qb + c, qc + d, and the second one adds
-    q^2 a to the third and q^2 (qa + b) to the fourth.
+    terms (D, N, B, M), decay (D, N). An associative scan in log2(M) rounds: after them each h holds
+    its last 2, 4, 8, ... terms. With r = decay, the first round turns a, b, c, d into
+    a, ra + b, rb + c, rc + d; the second adds r^2 a to the third and r^2 (ra + b) to the fourth.
     """
     h = terms
     decay = decay[..., None, None]
@@ -404,19 +418,19 @@ def scan(terms: Tensor, decay: Tensor) -> Tensor:
 
 
 def needs_plain_autograd() -> bool:
-    """Say whether a compiler or a transform of torch.func is at work, which differentiate anew."""
+    """Say whether torch.compile or torch.func is at work, which can't use a backward by hand."""
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
-# Same numbers as average_blocks, in less time: autograd would copy the gradients of permuted
-# tensors channel by channel. Without this class a training step takes 1.11 to 1.15 times as long in
-# fp32, 1.25 times in bfloat16 (4 layers of 256 channels, 2 CPU threads).
+# Same numbers, less time. What follows, up to EMA_MODES, can be skipped at first reading.
 
 
 class FastBlocks(torch.autograd.Function):
-    """`average_blocks` with the channels first in memory, and with its derivative by hand.
+    """`average_blocks` with the channel as the batch of its matrix products, and a backward by hand.
 
-    With dy and dh for the gradients of y and of the states, the two equations give
+    Autograd would copy the gradients of permuted tensors: without this class a training step takes
+    1.11 to 1.15 times as long in fp32, 1.25 times in bfloat16 (4 layers of 256 channels, 2 CPU
+    threads). With dy and dh for the gradients of y and of the states, (a) and (b) give
 
         dh_s = q^c dh_{s+c} + sum_i read_i dy_{s+i}              from the last block to the first
         dx_{s+j} = sum_{i>=j} inside_ij dy_{s+i} + sum_n write_j dh_{s+c}
@@ -424,43 +438,50 @@ class FastBlocks(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, inside, write, read, decay, state):
-        blocks = channels_first(x, inside.shape[-1])  # (D, B (K + 1), c)
-        written = (write @ blocks.mT).unflatten(-1, (len(x), -1))  # (D, N, B, K + 1)
+        blocks = to_blocks(x, inside.shape[-1])  # (D, B (M + 1), c)
+        written = (write @ blocks.mT).unflatten(-1, (len(x), -1))  # (D, N, B, M + 1)
         first = state.permute(1, 2, 0).unsqueeze(-1)  # (D, N, B, 1)
-        before = scan(torch.cat([first, written[..., :-1]], dim=-1), decay)  # (D, N, B, K + 1)
+        before = scan(torch.cat([first, written[..., :-1]], dim=-1), decay)  # (D, N, B, M + 1)
         y = torch.bmm(blocks, inside.mT).baddbmm_(before.flatten(2).mT, read)
         ctx.save_for_backward(x, inside, write, read, decay, state, blocks, before)
         last = before[..., -1].permute(2, 0, 1).contiguous()  # a view would keep all states alive
-        return channels_last(y, len(x)), last
+        return from_blocks(y, len(x)), last
 
     @staticmethod
     def backward(ctx, dy, dlast):
         *inputs, blocks, before = ctx.saved_tensors
-        if torch.is_grad_enabled():  # the gradient is to be differentiated: that of the plain form
-            outputs = average_blocks(*inputs)
-            wanted = [x for x, wanted in zip(inputs, ctx.needs_input_grad, strict=True) if wanted]
-            found = iter(torch.autograd.grad(outputs, wanted, (dy, dlast), create_graph=True))
-            return tuple(next(found) if wanted else None for wanted in ctx.needs_input_grad)
+        if torch.is_grad_enabled():  # create_graph=True: autograd differentiates the plain form
+            return plain_gradients(inputs, ctx.needs_input_grad, (dy, dlast))
 
         x, inside, write, read, decay, _ = inputs
-        dy = channels_first(dy, inside.shape[-1])  # (D, B (K + 1), c)
-        dbefore = (read @ dy.mT).unflatten(-1, (len(x), -1))  # (D, N, B, K + 1)
+        dy = to_blocks(dy, inside.shape[-1])  # (D, B (M + 1), c)
+        dbefore = (read @ dy.mT).unflatten(-1, (len(x), -1))  # (D, N, B, M + 1)
         dbefore[..., -1] = dlast.permute(1, 2, 0)
         dbefore = scan(dbefore.flip(-1), decay).flip(-1)
         dafter = F.pad(dbefore[..., 1:], (0, 1))
         ddecay = (dafter * before).sum(dim=(-2, -1))
         dstate = dbefore[..., 0].permute(2, 0, 1)
-        dafter = dafter.flatten(2)  # (D, N, B (K + 1))
+        dafter = dafter.flatten(2)  # (D, N, B (M + 1))
         dblocks = torch.bmm(dy, inside).baddbmm_(dafter.mT, write)
         dinside = dy.mT @ blocks
         dwrite = dafter @ blocks
         dread = before.flatten(2) @ dy
-        return channels_last(dblocks, len(x)), dinside, dwrite, dread, ddecay, dstate
+        return from_blocks(dblocks, len(x)), dinside, dwrite, dread, ddecay, dstate
 
 
-def channels_first(x: Tensor, c: int) -> Tensor:
-    """(B, K c, D) -> (D, B (K + 1), c). Each sequence ends in a block of zeros, before which stands
-    its last state.
+def plain_gradients(inputs, needed, doutputs) -> tuple[Tensor | None, ...]:
+    """Differentiate `average_blocks` by autograd, so that the result can be differentiated again."""
+    outputs = average_blocks(*inputs)
+    wanted = [x for x, needs in zip(inputs, needed, strict=True) if needs]
+    pairs = [(y, dy) for y, dy in zip(outputs, doutputs, strict=True) if y.requires_grad]
+    ys, dys = zip(*pairs, strict=True)
+    gradients = iter(torch.autograd.grad(ys, wanted, dys, create_graph=True, allow_unused=True))
+    return tuple(next(gradients) if needs else None for needs in needed)
+
+
+def to_blocks(x: Tensor, c: int) -> Tensor:
+    """(B, M c, D) -> (D, B (M + 1), c), with a block of zeros at the end of each sequence: the state
+    before that block is the sequence's last one.
     """
     B, L, D = x.shape
     blocks = x.new_empty(B, L // c + 1, D, c)
@@ -469,18 +490,19 @@ def channels_first(x: Tensor, c: int) -> Tensor:
     return blocks.flatten(0, 1).transpose(0, 1)
 
 
-def channels_last(y: Tensor, batch: int) -> Tensor:
-    """(D, B (K + 1), c) -> (B, K c, D)."""
-    blocks = y.unflatten(1, (batch, -1))[:, :, :-1]  # (D, B, K, c)
+def from_blocks(y: Tensor, batch: int) -> Tensor:
+    """(D, B (M + 1), c) -> (B, M c, D)."""
+    blocks = y.unflatten(1, (batch, -1))[:, :, :-1]  # (D, B, M, c)
     return blocks.permute(1, 2, 3, 0).flatten(1, 2).contiguous()
 
 
 EMA_MODES = {
-    "direct": ema_direct,  # these two can truncate their kernel
+    "direct": ema_direct,
     "fft": ema_fft,
-    "recurrent": ema_recurrent,  # these two go on from a state
+    "recurrent": ema_recurrent,
     "blockwise": ema_blockwise,
 }
+STATEFUL_MODES = ("recurrent", "blockwise")  # continue from a state; the others can truncate
 
 
 class DampedEMA(nn.Module):
@@ -499,7 +521,7 @@ class DampedEMA(nn.Module):
         logit_std = config.ema_delta_alpha_range
         self.damping_factor = normal(E, N, 1, std=logit_std)  # logit of p, the paper's alpha
         self.decay_factor = normal(E, N, 1, std=logit_std)  # logit of the paper's delta
-        self.ema_expansion_matrix = normal(E, N, 1, std=config.ema_beta_range)  # beta
+        self.ema_expansion_matrix = normal(E, N, 1, std=config.ema_beta_range)  # beta, and
         self.ema_expansion_matrix.data += (-1.0) ** torch.arange(N).view(N, 1)  # near 1, -1, ...
         self.kernel_projection_matrix = normal(E, N, std=config.ema_gamma_omega_range)  # gamma
         self.residual_weight = normal(D, std=config.ema_gamma_omega_range)  # omega
@@ -513,23 +535,24 @@ class DampedEMA(nn.Module):
         return p * beta, 1 - p * delta, gamma / math.sqrt(gamma.shape[-1])
 
     def forward(self, x: Tensor, mask=None, state=None, mode=None, coefficients=None):
-        """Average x (B, L, D), in which positions where mask (B, L) is 0 count as zeros.
+        """Compute SiLU(EMA(x) + omega x) of x (B, L, D); where mask (B, L) is 0, the EMA reads zeros.
 
-        `state` (B, D, N) is that after the positions before x; `coefficients` are those of the
-        method above, if they are at hand. Returns y (B, L, D) and the last state, or None if the
-        mode has no state or runs both ways.
+        `state` (B, D, N) is that before x; `coefficients` is what `coefficients()` returns, if it is
+        at hand. Returns y (B, L, D) and the last state, which is None if the mode has none and in a
+        bidirectional layer.
         """
         D = self.config.hidden_size
         check_shape("x", x, "B", "L", D)
-        mode = self.check_mode(mode or self.mode or self.fastest_mode(x.shape[1]), state)
+        mode = mode or self.mode or self.fastest_mode(x.shape[1])
+        self.check_mode(mode, state)
         inputs = x if mask is None else x * mask.unsqueeze(-1)
         if self.config.bidirectional:  # the second D channels read from right to left
             inputs = torch.cat([inputs, inputs.flip(1)], dim=-1)
         u, q, g = coefficients or self.coefficients()
         wide = torch.promote_types(x.dtype, u.dtype)  # powers of a q near 1 need fp32
         arguments = [t.to(wide) for t in (inputs, u, q, g)]
-        with without_autocast(x):
-            if mode in ("recurrent", "blockwise"):
+        with autocast_off(x):
+            if mode in STATEFUL_MODES:
                 y, state = EMA_MODES[mode](*arguments, state)
             else:
                 y = EMA_MODES[mode](*arguments, self.config.truncation)
@@ -537,25 +560,25 @@ class DampedEMA(nn.Module):
         if self.config.bidirectional:
             y = y[..., :D] + y[..., D:].flip(1)
             state = None
-        return F.silu(torch.addcmul(y, x, self.residual_weight)), state
+        y = torch.addcmul(y, x, self.residual_weight)  # y + omega x
+        return F.silu(y), state
 
     def fastest_mode(self, length: int) -> str:
         if self.config.truncation is not None:
             return "fft"
-        return "recurrent" if length <= 16 else "blockwise"  # by measurement
+        return "recurrent" if length <= 16 else "blockwise"  # equally fast there, on CPUs
 
-    def check_mode(self, mode: str, state: Tensor | None) -> str:
-        """Return the mode, or raise a ValueError if it can't do what is asked."""
+    def check_mode(self, mode: str, state: Tensor | None):
+        """Raise a ValueError if the mode can't do what is asked."""
         if mode not in EMA_MODES:
             raise ValueError(f"EMA mode must be one of {', '.join(EMA_MODES)}, got {mode!r}")
-        carries = mode in ("recurrent", "blockwise")
-        if carries and self.config.truncation is not None:
+        has_state = mode in STATEFUL_MODES
+        if has_state and self.config.truncation is not None:
             raise ValueError(f"EMA mode {mode!r} can't truncate; only direct and fft can")
-        if state is not None and not carries:
+        if state is not None and not has_state:
             raise ValueError(f"EMA mode {mode!r} has no state; recurrent and blockwise have one")
         if state is not None and self.config.bidirectional:
-            raise ValueError("a bidirectional EMA can't go on from a state: it reads both ways")
-        return mode
+            raise ValueError("a bidirectional EMA can't continue from a state: it reads both ways")
 
 
 def normal(*shape: int, std: float) -> nn.Parameter:
@@ -569,7 +592,8 @@ def normal(*shape: int, std: float) -> nn.Parameter:
 #     | 0  1  2  3 | 4  5  6  7 | 8  9 10  . |        . is padding, which no token sees
 #
 # In a decoder, token 6 sees 4, 5 and 6. What came before its chunk reaches it through the moving
-# average alone. So a cache keeps only the open chunk: after 11 tokens, those of 8, 9 and 10.
+# average alone. So a cache holds the average's state and the keys and values of the open chunk:
+# after 11 tokens, those of 8, 9 and 10.
 
 
 def split_into_chunks(x: Tensor, size: int) -> Tensor:
@@ -582,7 +606,9 @@ def split_into_chunks(x: Tensor, size: int) -> Tensor:
 
 
 def laplace(x: Tensor) -> Tensor:
-    """Equation 16, a bounded relu2: mu = sqrt(1/2), sigma = sqrt(1 / (4 pi)), rounded as there."""
+    """Equation 16, a smooth and bounded relu2: mu = sqrt(1/2) and sigma = sqrt(1 / (4 pi)), rounded
+    as in the paper's code.
+    """
     return 0.5 * (1 + torch.erf((x - 0.707107) / (0.282095 * math.sqrt(2))))
 
 
@@ -602,8 +628,9 @@ ATTENTION_FUNCTIONS = {
 def attention_weights(query, key, bias, visible, kind: str) -> Tensor:
     """Compute f(query key^T / tau + bias) of equation 11, with zeros where a key is not visible.
 
-    query (..., c, Z), key (..., C, Z), bias (c, C) -> (..., c, C); visible (..., c, C) are booleans,
-    or None: all keys are.
+    tau is sqrt(Z) for softmax, and for the others the number of keys that a query sees. query
+    (..., T, Z), key (..., C, Z), bias (T, C) -> (..., T, C); visible (..., T, C) are booleans, or
+    None: all keys are visible.
     """
     if kind == "softmax":
         tau = math.sqrt(query.shape[-1])
@@ -611,18 +638,19 @@ def attention_weights(query, key, bias, visible, kind: str) -> Tensor:
         tau = key.shape[-2]
     else:
         tau = visible.sum(dim=-1, keepdim=True).clamp(min=1)
-    scores = at_least_fp32((query / tau) @ key.mT) + bias
+    scores = (query / tau) @ key.mT
+    scores = at_least_fp32(scores) + bias
     if visible is None:
         return ATTENTION_FUNCTIONS[kind](scores)
-    lowest = torch.finfo(scores.dtype).min  # not -inf: a softmax of nothing else would be NaN
+    lowest = torch.finfo(scores.dtype).min  # not -inf: a softmax of nothing but -inf is NaN
     weights = ATTENTION_FUNCTIONS[kind](torch.where(visible, scores, lowest))
-    if visible.dim() > 2:  # with padding, a query may see nothing, of which softmax makes 1 / C
+    if visible.dim() > 2:  # with padding, a query may see no key: softmax gave each the same weight
         weights = weights * visible
     return weights
 
 
 class SimpleBias(nn.Module):
-    """One learned weight for each distance from query to key (as in T5, Raffel et al. 2020)."""
+    """One learned weight for each distance from query to key (T5's, without its buckets of distances)."""
 
     def __init__(self, config: MegaConfig):
         super().__init__()
@@ -631,8 +659,8 @@ class SimpleBias(nn.Module):
 
     def forward(self, size: int) -> Tensor:
         """Return the bias at the distances 1 - size ... size - 1 of a key from its query."""
-        # Hugging Face's tables have distance 0 at C - 1, or at P - 1 without chunk_size; so far
-        # distances wrap around to the other end, where they meet no others.
+        # In Hugging Face's tables distance 0 stands at C - 1, or at P - 1 without chunk_size. What
+        # is beyond one end of the table wraps around to the other; up to P positions nothing meets.
         centre = self.config.max_positions - 1
         if self.config.chunk_size > 0:
             centre = self.config.chunk_size - 1
@@ -641,9 +669,11 @@ class SimpleBias(nn.Module):
 
 
 class RotaryBias(nn.Module):
-    """bias[i, j] = (R_i alpha) . (R_j b), where R_i rotates by i times fixed angles (section 3.2).
+    """bias[i, j] = (rot_i alpha) . (rot_j b), where rot_i rotates pairs of numbers by i theta_m.
 
-    This is not RoPE: queries and keys are not rotated. R_i^T R_j depends only on j - i.
+    It depends only on d = j - i: with theta_m = 10000^(-m / half) it is the sum over the pairs m of
+    cos(d theta_m) (a1 b1 + a2 b2) + sin(d theta_m) (a2 b1 - a1 b2). This is not RoPE, which rotates
+    queries and keys.
     """
 
     def __init__(self, config: MegaConfig):
@@ -656,12 +686,12 @@ class RotaryBias(nn.Module):
         a1, a2 = at_least_fp32(self.alpha[0]).chunk(2)  # (Z / 2)
         b1, b2 = at_least_fp32(self.b_param[0]).chunk(2)
         half = len(a1)
-        pairs = torch.arange(half, dtype=torch.float32, device=a1.device)
+        pair = torch.arange(half, dtype=torch.float32, device=a1.device)
         distance = torch.arange(1 - size, size, dtype=torch.float32, device=a1.device)
-        angle = distance.unsqueeze(1) * torch.exp(pairs * (-math.log(10000) / half))
+        angle = distance.unsqueeze(1) * torch.exp(pair * (-math.log(10000) / half))
         cos = angle.cos().to(a1.dtype)  # (2 size - 1, Z / 2)
         sin = angle.sin().to(a1.dtype)
-        with without_autocast(a1):
+        with autocast_off(a1):
             return cos @ (a1 * b1 + a2 * b2) + sin @ (a2 * b1 - a1 * b2)
 
 
@@ -669,12 +699,12 @@ POSITION_BIASES = {"simple": SimpleBias, "rotary": RotaryBias}
 
 
 def bias_matrix(by_distance: Tensor, first: int, stop: int, keys: int) -> Tensor:
-    """Return the bias (c, keys) of queries at first ... stop - 1 and keys at 0 ... keys - 1.
+    """Return the bias (T, keys) of queries at first ... stop - 1 and keys at 0 ... keys - 1.
 
     by_distance (2 size - 1) has distance 0 in its middle.
     """
     middle = len(by_distance) // 2
-    if stop - first == 1:
+    if stop - first == 1:  # one query, as in decoding: a slice will do
         return by_distance[middle - first : middle - first + keys].unsqueeze(0)
     query_position = torch.arange(first, stop, device=by_distance.device).unsqueeze(1)
     key_position = torch.arange(keys, device=by_distance.device)
@@ -701,7 +731,7 @@ class ScaleNorm(nn.Module):
 NORMS = {  # over the features of each position; batchnorm: each feature over all positions
     "layernorm": nn.LayerNorm,
     "scalenorm": ScaleNorm,
-    "rmsnorm": nn.RMSNorm,  # Hugging Face 4.40.2 returns its input: models from there differ here
+    "rmsnorm": nn.RMSNorm,  # transformers 4.40.2 returns its input: its models differ here
     "batchnorm": lambda size, eps, affine: nn.BatchNorm1d(size, eps, affine=affine),
     "syncbatchnorm": lambda size, eps, affine: nn.SyncBatchNorm(size, eps, affine=affine),
 }
@@ -719,7 +749,7 @@ class SequenceNorm(nn.Module):
 
 
 class Dropout(nn.Module):
-    """Dropout of single numbers of x (B, L, D) or, if the config says so, of whole features."""
+    """Dropout of single elements of x (B, L, D) or, with use_feature_dropout, of whole features."""
 
     def __init__(self, config: MegaConfig, p: float):
         super().__init__()
@@ -779,6 +809,7 @@ def is_plain_linear(layer: nn.Module) -> bool:
     return (
         type(layer) is nn.Linear
         and type(layer.weight) is nn.Parameter
+        and layer.bias is not None
         and "forward" not in vars(layer)
         and not layer._forward_hooks
         and not layer._forward_pre_hooks
@@ -791,7 +822,7 @@ def is_single_vector(x: Tensor) -> bool:
     """Say whether x is one vector in fp32 on a CPU, as in decoding one sequence."""
     if torch.is_grad_enabled() or x.numel() != x.shape[-1]:
         return False
-    return x.dtype == torch.float32 and x.device.type == "cpu"
+    return x.dtype == torch.float32 and x.device.type == "cpu" and not autocast_is_on(x)
 
 
 def vector_product(x: Tensor, matrix: Tensor) -> Tensor:
@@ -810,66 +841,71 @@ def vector_product(x: Tensor, matrix: Tensor) -> Tensor:
 
 
 def project(layer: nn.Linear, x: Tensor) -> Tensor:
-    """Return layer(x), the product of a single vector by all threads."""
+    """Return layer(x). Decoding one sequence on a CPU uses all threads."""
     if is_single_vector(x) and is_plain_linear(layer):
         return vector_product(x, layer.weight.mT) + layer.bias
     return layer(x)
 
 
 class StepConstants(NamedTuple):
-    """What every step computes from the weights alone, and a cache keeps."""
+    """What every step would compute from the weights alone."""
 
     coefficients: tuple[Tensor, Tensor, Tensor]  # of the EMA
     bias: Tensor  # (2 size - 1), at the distances 1 - size ... size - 1
 
 
+class KeyValueBuffer:
+    """Memory for keys and values, with space for later ones, that successive caches share.
+
+    Without it each step would copy all keys and values, and decoding around position 1,000 without
+    chunks would take 1.3 times as long. Only the newest cache may write after the `used` part; an
+    older one, from which a caller branches, gets a buffer of its own.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, capacity: int):
+        batch, used, Z = keys.shape
+        self.used = used
+        self.keys = keys.new_empty(batch, capacity, Z)
+        self.values = values.new_empty(batch, capacity, values.shape[2])
+        self.keys[:, :used] = keys
+        self.values[:, :used] = values
+
+    def fits(self, past: int, total: int) -> bool:
+        # Tensors made in inference mode can't be written outside of it.
+        frozen = self.keys.is_inference() and not torch.is_inference_mode_enabled()
+        return self.used == past and total <= self.keys.shape[1] and not frozen
+
+
 class LayerCache(NamedTuple):
-    """What one block remembers of the positions before; in chunks, bounded whatever their number."""
+    """What one block remembers of the positions before; with chunks its size is bounded."""
 
     ema_state: Tensor  # (B, D, N)
     keys: Tensor  # (B, R, Z), of the open chunk; of all positions without chunks
     values: Tensor  # (B, R, V)
     source_keys: Tensor | None = None  # (B, S, Z), of the encoder, for cross-attention
     source_values: Tensor | None = None  # (B, S, D)
-    constants: StepConstants | None = None  # None with gradients on: the weights may change
-    room: "Room | None" = None  # the memory that keys and values are views of
+    constants: StepConstants | None = None  # of the weights when the cache began, without gradients
+    buffer: KeyValueBuffer | None = None  # whose memory keys and values are
 
 
-class Room:
-    """Memory for keys and values of positions to come, shared by the caches of successive calls.
+def append(cache: LayerCache, keys: Tensor, values: Tensor, grows: bool):
+    """Return the cached and the new keys (B, R + L, Z) and values (B, R + L, V), and their buffer.
 
-    Without it each step would copy all keys and values, and decoding around position 1,000 without
-    chunks would take 1.3 times as long. Only the newest cache may write behind what is `taken`; an
-    older one, from which a caller branches, moves into a room of its own.
+    `grows` says whether a next cache will keep all of them.
     """
-
-    def __init__(self, keys: Tensor, values: Tensor, capacity: int):
-        batch, self.taken, Z = keys.shape
-        self.keys = keys.new_empty(batch, capacity, Z)
-        self.values = values.new_empty(batch, capacity, values.shape[2])
-        self.keys[:, : self.taken] = keys
-        self.values[:, : self.taken] = values
-
-    def can_take(self, past: int, total: int) -> bool:
-        frozen = self.keys.is_inference() and not torch.is_inference_mode_enabled()
-        return self.taken == past and total <= self.keys.shape[1] and not frozen
-
-
-def append(cache: LayerCache, keys: Tensor, values: Tensor):
-    """Return the cached and the new keys (B, R + L, Z) and values (B, R + L, V), and their room."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not grows:
         keys = torch.cat([cache.keys, keys], dim=1)
         values = torch.cat([cache.values, values], dim=1)
         return keys, values, None
     past = cache.keys.shape[1]
     total = past + keys.shape[1]
-    room = cache.room
-    if room is None or not room.can_take(past, total):
-        room = Room(cache.keys, cache.values, capacity=2 * total)
-    room.keys[:, past:total] = keys
-    room.values[:, past:total] = values
-    room.taken = total
-    return room.keys[:, :total], room.values[:, :total], room
+    buffer = cache.buffer
+    if buffer is None or not buffer.fits(past, total):
+        buffer = KeyValueBuffer(cache.keys, cache.values, capacity=2 * total)
+    buffer.keys[:, past:total] = keys
+    buffer.values[:, past:total] = values
+    buffer.used = total
+    return buffer.keys[:, :total], buffer.values[:, :total], buffer
 
 
 class MovingAverageGatedAttention(nn.Module):
@@ -883,11 +919,11 @@ class MovingAverageGatedAttention(nn.Module):
         self.config = config
         self.norm = SequenceNorm(config, config.norm_affine)
         self.ema_gate = DampedEMA(config)
-        self.v_proj = linear(config, D, V)
-        self.mx_proj = linear(config, D, D + Z + V + D)
-        self.h_proj = linear(config, V, D)
-        self.qk_weight = normal(2, Z, std=config.initializer_range)
-        self.qk_bias = nn.Parameter(torch.zeros(2, Z))
+        self.v_proj = linear(config, D, V)  # W_v
+        self.mx_proj = linear(config, D, D + Z + V + D)  # W_phi, W_z, W_r and W_h
+        self.h_proj = linear(config, V, D)  # U_h
+        self.qk_weight = normal(2, Z, std=config.initializer_range)  # kappa, kappa'
+        self.qk_bias = nn.Parameter(torch.zeros(2, Z))  # mu, mu'
         self.rel_pos_bias = POSITION_BIASES[config.relative_positional_bias](config)
         self.activation = ACTIVATIONS[config.activation]
         self.dropout = Dropout(config, config.dropout_prob)
@@ -898,15 +934,17 @@ class MovingAverageGatedAttention(nn.Module):
         """Apply the layer to x (B, L, D), after the R positions of the cache.
 
         mask (B, R + L) is False at padding. Returns y (B, L, D), the next cache or None, and the
-        attention weights (B, K, c, C) of the c queries of each chunk; c is L if it has one chunk.
+        attention weights (B, K, T, C). With one chunk T is L; with several it is C, and the rows of
+        cached positions and of the last chunk's padding mean nothing.
         """
         D = self.config.hidden_size
         V = self.config.intermediate_size
         Z = self.config.shared_representation_size
         past = 0 if cache is None else cache.keys.shape[1]
-        constants = self.step_constants(cache, past + x.shape[1])
+        total = past + x.shape[1]
+        constants = self.step_constants(cache, total)
 
-        residual = x
+        residual = x  # the X of (15); all other equations see it normed
         if self.config.normalize_before_mega:
             x = self.norm(x)
         values = self.value_dropout(self.activation(project(self.v_proj, x)))  # (10): (B, L, V)
@@ -921,65 +959,69 @@ class MovingAverageGatedAttention(nn.Module):
         shared, reset = F.silu(shared_and_reset).split([Z, V], dim=-1)  # (7), (12)
         queries = torch.addcmul(self.qk_bias[0], self.qk_weight[0], shared)  # (8): (B, L, Z)
         keys = torch.addcmul(self.qk_bias[1], self.qk_weight[1], shared)  # (9): (B, L, Z)
-        room = None
+        buffer = None
         if cache is not None:
-            keys, values, room = append(cache, keys, values)  # (B, R + L, ...)
+            grows = use_cache and total < (self.config.attention_limit or math.inf)
+            keys, values, buffer = append(cache, keys, values, grows)  # (B, R + L, ...)
 
         attended, weights = self.attend(queries, keys, values, mask, constants.bias)  # (11)
         candidate = self.activation(candidate + project(self.h_proj, attended * reset))  # (14)
         candidate = self.dropout(candidate)
-        y = residual + torch.sigmoid(update) * (candidate - residual)  # (13), (15)
+        gate = torch.sigmoid(update)  # (13)
+        y = residual + gate * (candidate - residual)  # (15): gate H + (1 - gate) X
         if not self.config.normalize_before_mega:
             y = self.norm(y)
         if not use_cache:
             return y, None, weights
-        return y, self.next_cache(ema_state, keys, values, constants, room), weights
+        return y, self.next_cache(ema_state, keys, values, constants, buffer), weights
 
     def attend(self, queries, keys, values, mask, bias) -> tuple[Tensor, Tensor]:
         """Attend from queries (B, L, Z) to the keys and values (B, R + L, ...) of their chunks.
 
         The queries are those of the last L positions, mask (B, R + L) is False at padding, `bias`
-        is by distance. Returns outputs (B, L, V) and weights (B, K, c, C).
+        is by distance. Returns outputs (B, L, V) and weights (B, K, T, C).
         """
         batch, length, _ = queries.shape
         total = keys.shape[1]
         past = total - length
-        chunk = self.config.attention_limit or total
-        if total <= chunk:  # one chunk, in which the queries are the last ones
+        chunk = self.config.attention_limit
+        if chunk is None or total <= chunk:  # one chunk, in which the queries are the last ones
             chunk = total
             first = past
-        else:  # unused queries for the cached positions, so that queries and keys share chunks
+        else:  # dummy queries for the cached positions, so that queries and keys are cut alike
             first = 0
             queries = F.pad(queries, (0, 0, past, 0))
         if mask is None and total % chunk and not self.config.is_decoder:
-            # No query is to see the padding of the last chunk; a decoder's never look ahead.
+            # Hide what fills up the last chunk. In a decoder it comes after all queries.
             mask = keys.new_ones(keys.shape[:2], dtype=torch.bool)
         if mask is not None:
             mask = split_into_chunks(mask, chunk)  # (B K, C)
-        queries = split_into_chunks(queries, chunk - first)  # (B K, c, Z)
+        queries = split_into_chunks(queries, chunk - first)  # (B K, T, Z)
         keys = split_into_chunks(keys, chunk)  # (B K, C, Z)
         values = split_into_chunks(values, chunk)  # (B K, C, V)
 
-        visible = self.visible(queries, first, mask)  # (c, C), (B K, 1 or c, C) or None
-        bias = bias_matrix(bias, first, chunk, chunk)  # (c, C)
+        visible = self.visible(queries, first, mask)  # (T, C), (B K, 1 or T, C) or None
+        bias = bias_matrix(bias, first, chunk, chunk)  # (T, C)
         kind = self.config.attention_activation
-        weights = attention_weights(queries, keys, bias, visible, kind)  # (B K, c, C)
-        weights = weights.view(batch, -1, *bias.shape)  # (B, K, c, C)
+        weights = attention_weights(queries, keys, bias, visible, kind)  # (B K, T, C)
+        weights = weights.view(batch, -1, *bias.shape)  # (B, K, T, C)
         dropped = self.weight_dropout(weights).flatten(0, 1).to(values.dtype)
         if is_single_vector(dropped):
             outputs = vector_product(dropped, values[0])
         else:
-            outputs = (dropped @ values).view(batch, -1, values.shape[-1])  # (B, K c, V)
+            outputs = (dropped @ values).view(batch, -1, values.shape[-1])  # (B, K T, V)
         start = past - first
         return outputs[:, start : start + length], weights
 
     def visible(self, queries: Tensor, first: int, mask: Tensor | None) -> Tensor | None:
-        """Say which keys of its chunk each query (B K, c, Z) may see, if the queries stand at the
+        """Say which keys of its chunk each query (B K, T, Z) may see, if the queries stand at the
         positions from `first` on and mask (B K, C) is False at padding; None: all of them.
         """
         visible = None if mask is None else mask.unsqueeze(1)  # (B K, 1, C)
         count = queries.shape[1]
-        if self.config.is_decoder and count > 1:  # a last position alone sees all before it
+        if (
+            self.config.is_decoder and count > 1
+        ):  # a single query is the last position, and sees all
             causal = torch.ones(count, first + count, dtype=torch.bool, device=queries.device)
             causal = causal.tril(first)
             visible = causal if visible is None else visible & causal
@@ -990,7 +1032,9 @@ class MovingAverageGatedAttention(nn.Module):
         size = self.config.attention_limit
         if size is None:
             self.config.check_length("length", length)
-            size = 1 << (length - 1).bit_length()  # some more, for the steps to come
+            size = (
+                1 << (length - 1).bit_length()
+            )  # a power of two, so that few steps need a new one
         if cache is not None and cache.constants is not None and not torch.is_grad_enabled():
             coefficients, bias = cache.constants
             if len(bias) < 2 * size - 1:
@@ -998,12 +1042,12 @@ class MovingAverageGatedAttention(nn.Module):
             return StepConstants(coefficients, bias)
         return StepConstants(self.ema_gate.coefficients(), self.rel_pos_bias(size))
 
-    def next_cache(self, ema_state, keys, values, constants, room) -> LayerCache:
+    def next_cache(self, ema_state, keys, values, constants, buffer) -> LayerCache:
         """Keep what later positions can see: the open chunk, or all without chunks."""
         if ema_state is None:
             raise ValueError(
-                f"EMA mode {self.ema_gate.mode!r} has no state to cache; use mode=None or "
-                "use_cache=False"
+                "this EMA has no state to cache: it is bidirectional, truncated, or of mode "
+                f"{self.ema_gate.mode!r}; use_cache=False works"
             )
         length = keys.shape[1]
         chunk = self.config.attention_limit
@@ -1011,10 +1055,9 @@ class MovingAverageGatedAttention(nn.Module):
             closed = length // chunk * chunk
             keys = keys[:, closed:].clone()  # a view would keep the whole tensor allocated
             values = values[:, closed:].clone()
-            room = None
         if torch.is_grad_enabled():
             constants = None
-        return LayerCache(ema_state, keys, values, constants=constants, room=room)
+        return LayerCache(ema_state, keys, values, constants=constants, buffer=buffer)
 
 
 class GatedCrossAttention(nn.Module):
@@ -1095,7 +1138,7 @@ class NormalizedFeedForward(nn.Module):
 
 
 class MegaBlock(nn.Module):
-    """One layer of the model, with everything that a position goes through in it."""
+    """The layer, a cross-attention in some decoders, and the feed-forward network."""
 
     def __init__(self, config: MegaConfig):
         super().__init__()
@@ -1107,7 +1150,7 @@ class MegaBlock(nn.Module):
                 start=0):  # fmt: skip
         """Apply the block to x (B, L, D), which begins at position `start`.
 
-        The encoder's states `source` (B, S, D) are read where there is no cache. Returns y, the
+        With a cache, `source` (B, S, D) is ignored: the cache holds its keys and values. Returns y, the
         next LayerCache or None, and the weights of attention and of cross-attention, or None.
         """
         x, next_cache, weights = self.mega_layer(x, mask, cache, use_cache)
@@ -1126,7 +1169,7 @@ class MegaBlock(nn.Module):
 
 # -------------------------------------------------------------------------- 5 model and cache
 # Embeddings, blocks, and the cache with which a decoder continues where it stopped. The cache is an
-# argument and a result, and no call changes it: keep an old one, and you can continue from it twice.
+# argument and a result, and what an old one holds never changes: you can continue from it twice.
 
 
 class MegaCache(NamedTuple):
@@ -1134,9 +1177,9 @@ class MegaCache(NamedTuple):
 
     layers: list[LayerCache]
     length: int
-    mask: Tensor | None = None  # (B, R), False at padding; None: there is none
-    started: Tensor | None = None  # (B), with a mask: sequences that have had a token
-    ended: Tensor | None = None  # (B), with a mask: those whose tokens are followed by padding
+    mask: Tensor | None = None  # (B, R), False at padding; None: no padding
+    started: Tensor | None = None  # (B), with a mask: has it had a token yet?
+    ended: Tensor | None = None  # (B), with a mask: does it end in padding after a token?
     source_mask: Tensor | None = None  # (B, S), False at padding of the encoder's states
 
 
@@ -1151,7 +1194,7 @@ class MegaOutput(NamedTuple):
     pooler_output: Tensor | None = None  # (B, D)
     cache: MegaCache | None = None
     hidden_states: tuple | None = None  # (B, L, D) of the embedding and after each layer
-    attentions: tuple | None = None  # (B, K, c, C) of each layer
+    attentions: tuple | None = None  # (B, K, T, C) of each layer
     cross_attentions: tuple | None = None  # (B, L, S) of each layer
 
 
@@ -1181,7 +1224,7 @@ class MegaBase(nn.Module):
         return model.eval()
 
     def resize_token_embeddings(self, size: int):
-        """Keep the first `size` tokens, or add new ones, in place; output and config follow."""
+        """Change the vocabulary to `size` tokens in place: cut the last ones, or append new ones."""
         resize(self, size)
 
 
@@ -1216,13 +1259,14 @@ class MegaModel(MegaBase):
     ) -> MegaOutput:
         """Compute last_hidden_state (B, L, D) of input_ids (B, L) or inputs_embeds (B, L, D).
 
-        Masks (B, L) and (B, S) are 0 at padding. Token types (B, L), 0 unless given, are read where
-        the config has them; cross-attention needs encoder_hidden_states (B, S, D). A cache that is
-        given is always used: the input continues where it ends, with the encoder's states of its
-        start, and the mask may be that of the input or of all positions since the start.
-        `use_cache` asks for the next cache.
+        Masks (B, L) and (B, S) are 0 at padding. Padding counts as positions: in front of tokens it
+        moves the chunks' borders, between tokens the EMA decays over it. Token types (B, L), 0
+        unless given, are read where the config has them; cross-attention needs
+        encoder_hidden_states (B, S, D). With a cache the input continues where it ends, and
+        encoder_hidden_states are ignored; the mask may be that of the input or of all positions
+        since the start. `use_cache` asks for the next cache; a decoder in eval mode makes one.
         """
-        use_cache = self.check_cache(cache, use_cache)
+        use_cache = self.wants_cache(cache, use_cache)
         x = self.embed(input_ids, inputs_embeds, token_type_ids)
         if cache is None:
             start = 0
@@ -1241,16 +1285,17 @@ class MegaModel(MegaBase):
         all_weights = []
         next_caches = []
         for layer, layer_cache in zip(self.layers, layer_caches, strict=True):
+            call = layer
             if self.config.gradient_checkpointing and torch.is_grad_enabled():
-                layer = functools.partial(checkpoint, layer, use_reentrant=False)
-            x, next_cache, *weights = layer(
+                call = functools.partial(checkpoint, layer, use_reentrant=False)
+            x, next_cache, weights, cross_weights = call(
                 x, mask, layer_cache, use_cache, encoder_hidden_states, source_mask, start
             )
             next_caches.append(next_cache)
             if output_hidden_states:
                 hidden_states.append(x)
             if output_attentions:
-                all_weights.append(weights)
+                all_weights.append((weights, cross_weights))
 
         out = MegaOutput(last_hidden_state=self.final_norm(x))
         if self.pooler is not None:
@@ -1274,18 +1319,19 @@ class MegaModel(MegaBase):
         """
         if mask is None:
             mask = x.new_ones(x.shape[:2])
-        visible = (mask[:, -x.shape[1] :] != 0).to(x.dtype)
+        wide = at_least_fp32(x)
+        visible = (mask[:, -x.shape[1] :] != 0).to(wide.dtype)
         if not self.config.mean_pooling:
             first = visible.argmax(dim=1)
             return x[torch.arange(len(x), device=x.device), first]
         shares = visible / visible.sum(dim=1, keepdim=True).clamp(min=1)
-        return (x * shares.unsqueeze(-1)).sum(dim=1)
+        return (wide * shares.unsqueeze(-1)).sum(dim=1).to(x.dtype)
 
     def embed(self, input_ids, inputs_embeds, token_type_ids) -> Tensor:
         """Return what the first layer sees, (B, L, D)."""
         config = self.config
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give either input_ids or inputs_embeds")
+            raise ValueError("give exactly one of input_ids or inputs_embeds")
         x = inputs_embeds
         if x is None:
             check_ids("input_ids", input_ids, config.vocab_size, "B", "L")
@@ -1300,8 +1346,8 @@ class MegaModel(MegaBase):
             x = x + self.embedding_layer["token_type_embeddings"](token_type_ids)
         return x
 
-    def check_cache(self, cache: MegaCache | None, use_cache: bool | None) -> bool:
-        """Return whether a cache is to be made; raise a ValueError if there can't be any."""
+    def wants_cache(self, cache: MegaCache | None, use_cache: bool | None) -> bool:
+        """Return whether to make a cache; raise a ValueError if this model can't use one."""
         can_cache = self.config.is_decoder and self.config.truncation is None
         if (use_cache or cache is not None) and not can_cache:
             raise ValueError(
@@ -1363,8 +1409,10 @@ def join_caches(layers: list[LayerCache], length: int, mask, old: MegaCache | No
     if mask is None:
         return cache
     started = mask.any(dim=1)
-    if old is not None and old.length > 0:
-        started = started | (True if old.started is None else old.started)
+    if old is not None and old.started is None:
+        started = torch.ones_like(started)
+    elif old is not None:
+        started = started | old.started
     kept = layers[0].keys.shape[1]
     return cache._replace(
         mask=mask[:, mask.shape[1] - kept :],
@@ -1377,7 +1425,8 @@ def join_caches(layers: list[LayerCache], length: int, mask, old: MegaCache | No
 # A head is a model, its own layers, and a loss. All take the arguments of MegaModel.forward, and
 # `labels`; in labels, -100 stands for none.
 
-MANY_LABELS = 512  # from here on a training step does without the logits of all positions
+MANY_LABELS = 512  # with more than these a training step makes no logits of all positions
+SLICE = 512  # positions whose logits exist at once then
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, ignored: int = -100) -> Tensor:
@@ -1468,14 +1517,16 @@ class MegaForMultipleChoice(MegaBase):
         self.classifier = linear(config, config.hidden_size, 1)
 
     def forward(self, input_ids=None, attention_mask=None, *, labels=None, **inputs) -> MegaOutput:
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}
+        given = {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}
+        flat = {}
         choices = None
-        for name, value in inputs.items():
+        for name, value in given.items():
+            flat[name] = value
             if torch.is_tensor(value):
                 choices = value.shape[1]
-                inputs[name] = value.flatten(0, 1)  # (B choices, L, ...)
-        check_padding(inputs["attention_mask"], self.config.attention_limit)
-        out = self.mega(**inputs)
+                flat[name] = value.flatten(0, 1)  # (B choices, L, ...)
+        check_padding(flat["attention_mask"], self.config.attention_limit)
+        out = self.mega(**flat)
         logits = self.classifier(self.dropout(out.pooler_output)).view(-1, choices)
         loss = None if labels is None else cross_entropy(logits, labels)
         return out._replace(logits=logits, loss=loss)
@@ -1484,7 +1535,7 @@ class MegaForMultipleChoice(MegaBase):
 class MegaForQuestionAnswering(MegaBase):
     """Scores of each position as an answer's start and end (B, L), labels as positions (B).
 
-    A position from L on has no loss, one below 0 counts as 0.
+    A position beyond the sequence is ignored, a negative one counts as 0.
     """
 
     def __init__(self, config: MegaConfig):
@@ -1501,7 +1552,7 @@ class MegaForQuestionAnswering(MegaBase):
         starts, ends = logits.unbind(dim=-1)
         loss = None
         if start_positions is not None and end_positions is not None:
-            L = logits.shape[1]  # stands for all positions outside
+            L = logits.shape[1]  # the label that is ignored
             start_loss = cross_entropy(starts, start_positions.clamp(0, L), ignored=L)
             end_loss = cross_entropy(ends, end_positions.clamp(0, L), ignored=L)
             loss = (start_loss + end_loss) / 2
@@ -1522,7 +1573,7 @@ def check_padding(mask: Tensor | None, chunk: int | None):
     moved = (in_front % chunk != 0) & (in_front < mask.shape[1])
     if moved.any():
         raise ValueError(
-            f"padding of {in_front.tolist()} positions in front moves tokens against chunks of "
+            f"padding of {in_front.tolist()} positions in front shifts tokens against chunks of "
             f"{chunk}; put it behind the tokens, pad by whole chunks, or give one sequence a call"
         )
 
@@ -1541,7 +1592,7 @@ class LanguageModel(MegaBase):
             check_shape("labels", labels, *features.shape[:2])
         if output_logits is None:
             output_logits = labels is None or not self.training or labels.numel() <= MANY_LABELS
-        if not output_logits and can_slice(features, output):
+        if labels is not None and not output_logits and can_slice(features, output):
             return out._replace(loss=sliced_cross_entropy(features, output, labels))
         logits = output(features)
         loss = None if labels is None else cross_entropy(logits, labels)
@@ -1552,7 +1603,7 @@ def can_slice(features: Tensor, layer: nn.Module) -> bool:
     """Say whether F.linear_cross_entropy computes what calling the layer would."""
     if not hasattr(F, "linear_cross_entropy") or needs_plain_autograd():
         return False  # the function is new in torch 2.13
-    if torch.is_autocast_enabled(features.device.type) or features.dtype.itemsize < 4:
+    if autocast_is_on(features) or features.dtype.itemsize < 4:
         return False  # its loss would be rounded to half precision
     return is_plain_linear(layer)
 
@@ -1568,7 +1619,7 @@ def sliced_cross_entropy(features: Tensor, layer: nn.Linear, labels: Tensor) -> 
         layer.weight,
         labels.flatten().long(),
         linear_bias=layer.bias,
-        options=nn.LinearCrossEntropyOptions(batch_chunk_size=MANY_LABELS, acc_policy="accurate"),
+        options=nn.LinearCrossEntropyOptions(batch_chunk_size=SLICE, acc_policy="accurate"),
     )
     if loss.requires_grad:
         loss.register_hook(refuse_second_derivative)
@@ -1689,8 +1740,8 @@ class MegaForCausalLM(LanguageModel):
             return
         visible = mask != 0
         check_shape("attention_mask", visible, *input_ids.shape)
-        in_front = (visible.cumsum(dim=1) > 0).eq(visible).all() and visible[:, -1].all()
-        if not in_front:
+        ends_early = visible[:, :-1] & ~visible[:, 1:]  # a token followed by padding
+        if ends_early.any() or not visible[:, -1].all():
             raise ValueError("generate needs the padding in front of each sequence's tokens")
         if config.add_cross_attention and not visible.all():
             raise ValueError(
@@ -1703,14 +1754,14 @@ class MegaForCausalLM(LanguageModel):
 def warn_of_direction(config: MegaConfig, causal: bool, name: str):
     if config.is_decoder != causal:
         warnings.warn(
-            f"is_decoder={config.is_decoder} is not what {name} is for: it says whether a token "
+            f"{name} expects is_decoder={causal}, got {config.is_decoder}: it says whether a token "
             "sees only those before it",
             stacklevel=3,
         )
 
 
 def check_options(max_new_tokens, temperature, top_k, top_p):
-    """Raise a ValueError that names the first option of `generate` that can't be."""
+    """Raise a ValueError that names the first option of `generate` out of range."""
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be 0 or more, got {max_new_tokens}")
     if not 0 <= temperature < math.inf:
@@ -1744,8 +1795,8 @@ def draw(logits: Tensor, temperature: float, top_k, top_p, generator) -> Tensor:
         logits = logits.masked_fill(logits < weakest, -math.inf)
     if top_p is not None:
         p, order = logits.softmax(dim=-1).sort(descending=True)
-        before = p.cumsum(dim=-1) - p  # what the likelier tokens hold; 0 for the likeliest
-        late = (before >= top_p).scatter(-1, order, before >= top_p)
+        likelier = p.cumsum(dim=-1) - p  # what the tokens before each hold; 0 for the likeliest
+        late = (likelier >= top_p).gather(-1, order.argsort(dim=-1))  # in the vocabulary's order
         logits = logits.masked_fill(late, -math.inf)
     return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).squeeze(1)
 
@@ -1815,13 +1866,15 @@ def find_file(source: str | Path, *names: str, revision: str | None = None) -> P
         except EntryNotFoundError:  # the hub has other files
             continue
         except Exception as error:  # of many libraries: HTTP, TLS, the cache
-            raise OSError(f"{wanted} can't be had from the hub: {first_line(error)}") from error
+            raise OSError(
+                f"{wanted} can't be had from the hub: {reason_and_advice(error)}"
+            ) from error
     if unreachable is not None:
-        raise OSError(f"{wanted} can't be had from the hub: {first_line(unreachable)}")
+        raise OSError(f"{wanted} can't be had from the hub: {reason_and_advice(unreachable)}")
     raise FileNotFoundError(f"{wanted} is not on the hub")
 
 
-def first_line(error: Exception) -> str:
+def reason_and_advice(error: Exception) -> str:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return f"{reason} (is the name right, the network up, and HF_TOKEN set if it is private?)"
 
@@ -1835,8 +1888,8 @@ def read_checkpoint(source: str | Path, revision: str | None) -> tuple[dict, dic
         shards = set(read_json(path).get("weight_map", {}).values())
         paths = [find_file(source, Path(name).name, revision=revision) for name in sorted(shards)]
     weights = {}
-    for path in paths:
-        weights.update(read_tensors(path))
+    for shard in paths:
+        weights.update(read_tensors(shard))
     # torch.compile and DDP leave prefixes, and a head calls the bare model `mega`.
     prefix = r"\b(_orig_mod|module|mega)\."
     return config, {re.sub(prefix, "", name): tensor for name, tensor in weights.items()}
@@ -1945,7 +1998,7 @@ def describe_misfit(config: MegaConfig, name: str, found: Tensor | None, wanted:
 
 def resize(model: MegaBase, size: int):
     """Keep the first `size` tokens of a model, or add new ones, in place."""
-    replace(model.config, vocab_size=size)  # checks it
+    replace(model.config, vocab_size=size)  # raises a ValueError for a bad size
     resized = {}  # by the old parameter, so that a tied one stays one
     for name, layer in model.named_modules():
         if not name.endswith(("word_embeddings", "lm_head")):  # mlm_head, too

@@ -82,7 +82,7 @@ shared_size = 64  # Z, width of queries and keys
 ema_size = 16  # N, EMA states of a channel
 chunk_size = 128  # C, attention sees this many tokens; 0: block_size
 attention = "softmax"  # softmax, laplace or relu2
-gate_bias = -2.0  # of the update gate, at first: how closed it starts
+gate_bias = -2.0  # initial bias of the update gate: the lower, the more input a layer keeps
 dropout = 0.05  # of the outputs of the EMA, the layer and the feed-forward network
 hidden_dropout = 0.05  # of the values and of the feed-forward network's hidden layer
 attention_dropout = 0.0  # of the attention weights
@@ -97,7 +97,7 @@ max_minutes = 8.5  # minutes of training at most; 0: no limit, and resumes that 
 learning_rate = 2e-3  # AdamW's highest, after the warm-up
 ema_learning_rate = 2e-3  # AdamW's for the parameters of moving averages
 muon_learning_rate = 0.02  # Muon's
-min_lr_fraction = 0.02  # what is left of them at the end
+min_lr_fraction = 0.02  # fraction of the rates left at the end
 warmup_fraction = 0.02  # part of the training in which they rise
 weight_decay = 0.1  # of the matrices of linear layers
 momentum = 0.95  # of Muon
@@ -246,7 +246,7 @@ class Distributed:
 
     def leave(self):
         if self.size > 1:
-            gc.collect()  # what is left of a training would keep threads alive beyond the group
+            gc.collect()  # DDP's threads must end before the group does
             dist.destroy_process_group()
 
 
@@ -293,7 +293,7 @@ class Corpus:
                     f"--block_size={block_size} needs {least}; give more text or shorten it"
                 )
         pairs = len(self.tokens["train"]) - 1  # of a token and the next one
-        self.windows = max(pairs // block_size - 1, 1)  # of an epoch
+        self.windows = max(pairs // block_size - 1, 1)  # of an epoch; one less leaves room to shift
         self.spare = pairs - self.windows * block_size
         self.orders = {}  # by epoch
 
@@ -453,8 +453,8 @@ def evaluate(model: MegaForCausalLM, corpus: Corpus, split: str, context: str, a
         "512"      windows of so many tokens, each of which starts with nothing before it;
         "carried"  the split is one sequence: its moving averages are never reset, attention sees
                    the tokens before in the same chunk;
-        "sliding"  that twice, the second time with the chunks half of their length later; of both
-                   the loss counts where attention sees more: at least half a chunk.
+        "sliding"  two carried passes, the second with chunk borders half a chunk later; each token
+                   counts in the pass that shows attention more of the text before it.
     """
     tokens = corpus.ids(split)
     with evaluating(model):
@@ -493,19 +493,15 @@ def summed_loss(model, inputs: Tensor, targets: Tensor, autocast, **more):
 
 
 def loss_in_windows(model, tokens: Tensor, length: int, autocast) -> float:
-    """Sum the loss of tokens (T), cut in windows without a common target."""
-    whole = (len(tokens) - 1) // length * length
-    total = 0.0
-    inputs = tokens[:whole].view(-1, length)
-    targets = tokens[1 : whole + 1].view(-1, length)
+    """Cut tokens (T) into windows, each with nothing before it, and sum their loss."""
+    length = min(length, len(tokens) - 1)
+    rest = -(len(tokens) - 1) % length  # fills up the last window, without labels
+    inputs = F.pad(tokens[:-1], (0, rest)).view(-1, length)
+    targets = F.pad(tokens[1:], (0, rest), value=-100).view(-1, length)
     batch = max(EVALUATED // length, 1)
-    for start in range(0, len(inputs), batch):
-        windows = slice(start, start + batch)
-        found, _ = summed_loss(model, inputs[windows], targets[windows], autocast, use_cache=False)
-        total += found
-    if whole < len(tokens) - 1:
-        rest = (tokens[None, whole:-1], tokens[None, whole + 1 :])
-        found, _ = summed_loss(model, *rest, autocast, use_cache=False)
+    total = 0.0
+    for some in zip(inputs.split(batch), targets.split(batch), strict=True):
+        found, _ = summed_loss(model, *some, autocast, use_cache=False)
         total += found
     return total
 
@@ -629,11 +625,12 @@ class Training:
         by_time = self.seconds / 60 / s.max_minutes if s.max_minutes else 0.0
         return min(max(self.step / s.max_iters, by_time), 1.0)
 
-    def train_step(self, stop: bool = False) -> bool:
-        """Update the weights once; return whether any process was told to `stop`.
+    def train_step(self):
+        """Update the weights once.
 
-        All randomness of a step depends on the seed, the step and the sequence's index alone. So a
-        resume needs no state of it, and processes change nothing that does not change the parts.
+        All randomness of a step comes from the seed, the step and the index of a part's first
+        sequence. So a checkpoint holds no generator's state, and more processes change dropout only
+        where they change the parts.
         """
         s = self.settings
         start = time.perf_counter()
@@ -663,10 +660,9 @@ class Training:
             o.zero_grad(set_to_none=True)
         self.step += 1
         seconds = time.perf_counter() - start if self.processes.rank == 0 else 0.0
-        loss, seconds, stop = self.processes.sum(loss / self.processes.size, seconds, stop)
+        loss, seconds = self.processes.sum(loss / self.processes.size, seconds)
         self.losses.append(loss)
         self.seconds += seconds
-        return stop > 0
 
     def gradients_shared(self, last: bool):
         """Return a context in which processes add up their gradients only after their last part."""
@@ -811,7 +807,7 @@ class Training:
         except OSError as error:
             raise UserError(
                 f"step {self.step} can't be saved in {self.out} ({short(error)}); what was saved "
-                "before is still there: mend that and continue with --resume"
+                "before is still there: fix the cause and continue with --resume"
             ) from None
 
 
@@ -941,21 +937,24 @@ def train(t: Training):
     if leads and t.step == 0:
         t.save(better=True)  # from here on the run can be resumed
     bar = ProgressBar(leads, t.progress())
-    with told_to_stop(leads) as stop, bar.bar:
-        while t.progress() < 1:
+    with told_to_stop(leads) as signals, bar.bar:
+        stopped = False
+        while t.progress() < 1 and not stopped:
             before = t.progress()
             seconds = t.seconds
-            stopped = t.train_step(bool(stop))
+            t.train_step()
             bar.update(t, t.seconds - seconds)
+            stopped = t.processes.sum(len(signals))[0] > 0
             if math.floor(before * s.evaluations) < math.floor(t.progress() * s.evaluations):
                 bar.bar.clear()
                 t.evaluate()
             elif leads and (stopped or t.step % s.save_interval == 0):
                 t.save(better=not t.log)
-            if stopped:
-                bar.bar.clear()
-                t.processes.print0(f"stopped and saved at step {t.step}; --resume continues")
-                sys.exit(128 + (stop or [signal.SIGINT])[0])
+        # Also what came during the last evaluation; the others wait here until the first has saved.
+        stopped = t.processes.sum(len(signals))[0] > 0
+    if stopped:
+        t.processes.print0(f"stopped and saved at step {t.step}; --resume continues")
+        sys.exit(128 + (signals or [signal.SIGINT])[0])
 
 
 def train_and_report(s, processes: Distributed):
