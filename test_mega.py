@@ -2105,12 +2105,14 @@ class TestModel:
 
     @slow
     @pytest.mark.parametrize("chunking", [{}, {"use_chunking": True, "chunk_size": 4}])
-    def test_a_model_can_be_exported(self, chunking):
+    def test_a_model_can_be_exported_and_compiled_in_one_graph(self, chunking):
         model = causal_lm(**chunking).float()
         ids, mask = token_ids(0, 2, 20), torch.ones(2, 20, dtype=torch.int64)
         options = {"use_cache": False}
         exported = torch.export.export(model, (ids, mask), options).module()
         close(exported(ids, mask, **options).logits, model(ids, mask).logits, 1e-5)
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        close(compiled(ids, mask, **options).logits, model(ids, mask).logits, 1e-5)
 
 
 # -------------------------------------------------------------------------------------- TestCache
