@@ -849,6 +849,12 @@ def project(layer: nn.Linear, x: Tensor) -> Tensor:
     return layer(x)
 
 
+def mix(residual: Tensor, update: Tensor, candidate: Tensor) -> Tensor:
+    """Replace a part of the residual by the candidate (equations 13 and 15): gate H + (1 - gate) X."""
+    gate = torch.sigmoid(update)
+    return residual + gate * (candidate - residual)
+
+
 class StepConstants(NamedTuple):
     """What every step would compute from the weights alone."""
 
@@ -969,8 +975,7 @@ class MovingAverageGatedAttention(nn.Module):
         attended, weights = self.attend(queries, keys, values, mask, constants.bias)  # (11)
         candidate = self.activation(candidate + project(self.h_proj, attended * reset))  # (14)
         candidate = self.dropout(candidate)
-        gate = torch.sigmoid(update)  # (13)
-        y = residual + gate * (candidate - residual)  # (15): gate H + (1 - gate) X
+        y = mix(residual, update, candidate)  # (13), (15)
         if not self.config.normalize_before_mega:
             y = self.norm(y)
         if not use_cache:
@@ -1109,7 +1114,7 @@ class GatedCrossAttention(nn.Module):
         attended = self.weight_dropout(weights).to(values.dtype) @ values  # (B, L, D)
 
         candidate = self.dropout(self.activation(self.h_proj(attended * F.silu(reset))))
-        y = residual + torch.sigmoid(update) * (candidate - residual)
+        y = mix(residual, update, candidate)
         if not self.config.normalize_before_mega:
             y = self.norm(y)
         return y, weights
@@ -1321,7 +1326,7 @@ class MegaModel(MegaBase):
         """
         if mask is None:
             mask = x.new_ones(x.shape[:2])
-        wide = at_least_fp32(x)
+        wide = at_least_fp32(x)  # for counts and sums
         visible = (mask[:, -x.shape[1] :] != 0).to(wide.dtype)
         if not self.config.mean_pooling:
             first = visible.argmax(dim=1)
