@@ -26,9 +26,13 @@ import contextlib
 import functools
 import json
 import math
+import numbers
+import operator
 import re
 import time
+import uuid
 import warnings
+import zipfile
 from collections import OrderedDict
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -97,6 +101,12 @@ class MegaConfig:
     gradient_checkpointing: bool = False  # compute layers again in the backward pass: less memory
     extra: dict = field(default_factory=dict, repr=False)  # a config.json's unknown keys
 
+    def __setattr__(self, name, value):
+        """Set a setting; of a number of NumPy's or PyTorch's keep Python's, which JSON can hold."""
+        if getattr(value, "ndim", None) == 0:
+            value = value.item()
+        super().__setattr__(name, value)
+
     def __post_init__(self):
         if isinstance(self.id2label, dict) and self.num_labels == 2:  # 2 may be just the default
             self.num_labels = len(self.id2label)
@@ -109,6 +119,8 @@ class MegaConfig:
         """Raise a ValueError about the first invalid setting or pair of settings."""
         for names, rule, valid in (
             (COUNTS, "an integer from 1 on", is_count),
+            (COUNTS, f"at most {LARGEST}", lambda x: x <= LARGEST),
+            ("num_labels type_vocab_size", "at most 65536", lambda x: x <= 65536),
             ("truncation", "None or an integer from 1 on", lambda x: x is None or is_count(x)),
             (TOKEN_IDS, "None or an integer from 0 on", lambda x: x is None or is_integer(x, 0)),
             ("chunk_size", "an integer", lambda x: is_integer(x, -math.inf)),
@@ -188,7 +200,9 @@ class MegaConfig:
         known = {name: value for name, value in values.items() if name in names}
         known["extra"] = {name: value for name, value in values.items() if name not in names}
         labels = settings.get("id2label") or known.pop("id2label", None)
-        if labels and settings.get("num_labels", len(labels)) == len(labels):
+        if not isinstance(labels, dict):
+            known["id2label"] = labels  # None, or wrong
+        elif settings.get("num_labels", len(labels)) == len(labels):
             known["id2label"] = labels  # another num_labels drops the file's names
             known["num_labels"] = len(labels)
         return cls(**{**known, **settings})
@@ -206,6 +220,7 @@ COUNTS = """
     vocab_size hidden_size num_hidden_layers intermediate_size ema_projection_size
     shared_representation_size nffn_hidden_size max_positions type_vocab_size num_labels
 """
+LARGEST = 1 << 24  # beyond all use, and a product of two does not overflow
 TOKEN_IDS = "pad_token_id bos_token_id eos_token_id"
 FLAGS = """
     bidirectional use_chunking normalize_before_mega norm_affine use_feature_dropout
@@ -220,7 +235,7 @@ SPREADS = "initializer_range ema_delta_alpha_range ema_beta_range ema_gamma_omeg
 
 
 def is_integer(x, least: float) -> bool:
-    return isinstance(x, int) and not isinstance(x, bool) and x >= least
+    return isinstance(x, numbers.Integral) and not isinstance(x, bool) and x >= least
 
 
 def is_count(x) -> bool:
@@ -236,7 +251,7 @@ def is_optional_probability(x) -> bool:
 
 
 def is_optional_names(x) -> bool:
-    return x is None or (isinstance(x, dict) and all(str(key).isdigit() for key in x))
+    return x is None or (isinstance(x, dict) and all(str(key).isdecimal() for key in x))
 
 
 def one_of(choices):
@@ -247,6 +262,8 @@ def one_of(choices):
 
 def check_shape(name: str, x: Tensor, *shape: int | str):
     """Raise a ValueError unless x has the shape, in which a letter stands for any size but 0."""
+    if not torch.is_tensor(x):
+        raise ValueError(f"{name} must be a tensor, got {type(x).__name__}")
     fits = [
         size > 0 if isinstance(wanted, str) else size == wanted
         for size, wanted in zip(x.shape, shape, strict=False)
@@ -256,17 +273,32 @@ def check_shape(name: str, x: Tensor, *shape: int | str):
         raise ValueError(f"{name} must be non-empty ({text}), got {tuple(x.shape)}")
 
 
-def check_ids(name: str, ids: Tensor, limit: int, *shape: int | str):
-    """Raise a ValueError unless ids are integers of this shape from 0 to limit - 1."""
-    check_shape(name, ids, *shape)
-    if ids.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"{name} must be integers, got {ids.dtype}")
-    if ids.device.type != "cpu" or torch.compiler.is_compiling():
+def check_integers(name: str, x: Tensor, *shape: int | str) -> Tensor:
+    """Return x as int64; raise a ValueError unless it has integers and this shape."""
+    check_shape(name, x, *shape)
+    if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+        raise ValueError(f"{name} must be integers, got {x.dtype}")
+    return x.long()
+
+
+def check_ids(name: str, ids: Tensor, limit: int, *shape: int | str, ignored=None) -> Tensor:
+    """Return ids as int64; raise a ValueError unless they are integers of this shape from 0 to
+    limit - 1, or `ignored`.
+    """
+    ids = check_integers(name, ids, *shape)
+    check_range(name, ids if ignored is None else ids.masked_fill(ids == ignored, 0), limit - 1)
+    return ids
+
+
+def check_range(name: str, x: Tensor, most: int):
+    """Raise a ValueError unless all of x is from 0 to `most`."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
         return  # reading values would wait for the GPU, and can't be traced
-    lowest, highest = ids.aminmax()
-    if lowest < 0 or highest >= limit:
-        wrong = lowest if lowest < 0 else highest
-        raise ValueError(f"{name} must be from 0 to {limit - 1}, got {wrong}")
+    lowest, highest = x.aminmax()
+    if lowest < 0 or highest > most:
+        raise ValueError(
+            f"{name} must be from 0 to {most}, got {lowest if lowest < 0 else highest}"
+        )
 
 
 # ----------------------------------------------------------------------------- 2 moving average
@@ -556,12 +588,11 @@ class DampedEMA(nn.Module):
                 y, state = EMA_MODES[mode](*arguments, state)
             else:
                 y = EMA_MODES[mode](*arguments, self.config.truncation)
-        y = y.to(x.dtype)
         if self.config.bidirectional:
             y = y[..., :D] + y[..., D:].flip(1)
             state = None
-        y = torch.addcmul(y, x, self.residual_weight)  # y + omega x
-        return F.silu(y), state
+        y = torch.addcmul(y, x.to(wide), self.residual_weight.to(wide))  # y + omega x
+        return F.silu(y).to(x.dtype), state  # in fp16 a large y would be infinite before its SiLU
 
     def fastest_mode(self, length: int) -> str:
         if self.config.truncation is not None:
@@ -1225,9 +1256,11 @@ class MegaBase(nn.Module):
         `settings` change the config. Raises OSError if a file can't be had, ValueError if it can't
         be read or does not fit; warns of weights that the files lack or that are not used.
         """
-        config, weights = read_checkpoint(source, revision)
-        model = cls(MegaConfig.from_dict(config, **settings))
-        fill(model, weights, ignore_mismatched_sizes, str(source))
+        values, weights = read_checkpoint(source, revision)
+        config = MegaConfig.from_dict(values, **settings)
+        weights = match(cls, config, weights, ignore_mismatched_sizes, str(source))
+        model = cls(config)
+        model.load_state_dict(weights, strict=False)
         return model.eval()
 
     def resize_token_embeddings(self, size: int):
@@ -1341,7 +1374,7 @@ class MegaModel(MegaBase):
             raise ValueError("give exactly one of input_ids or inputs_embeds")
         x = inputs_embeds
         if x is None:
-            check_ids("input_ids", input_ids, config.vocab_size, "B", "L")
+            input_ids = check_ids("input_ids", input_ids, config.vocab_size, "B", "L")
             x = self.embedding_layer["word_embeddings"](input_ids)
             if config.scale_embedding:
                 x = x * math.sqrt(config.hidden_size)
@@ -1349,7 +1382,8 @@ class MegaModel(MegaBase):
         if config.add_token_type_embeddings:
             if token_type_ids is None:
                 token_type_ids = x.new_zeros(x.shape[:2], dtype=torch.int64)
-            check_ids("token_type_ids", token_type_ids, config.type_vocab_size, *x.shape[:2])
+            types = config.type_vocab_size
+            token_type_ids = check_ids("token_type_ids", token_type_ids, types, *x.shape[:2])
             x = x + self.embedding_layer["token_type_embeddings"](token_type_ids)
         return x
 
@@ -1436,21 +1470,27 @@ MANY_LABELS = 512  # with more than these a training step makes no logits of all
 SLICE = 512  # positions whose logits exist at once then
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, ignored: int = -100) -> Tensor:
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Average over labels (...) the cross-entropy of logits (..., classes), in nats and fp32."""
-    check_shape("labels", labels, *logits.shape[:-1])
-    logits = at_least_fp32(logits).flatten(0, -2)
-    return F.cross_entropy(logits, labels.flatten().long(), ignore_index=ignored)
+    classes = logits.shape[-1]
+    labels = check_ids("labels", labels, classes, *logits.shape[:-1], ignored=-100)
+    return F.cross_entropy(at_least_fp32(logits).flatten(0, -2), labels.flatten())
 
 
 def mean_squared_error(logits: Tensor, labels: Tensor) -> Tensor:
+    if labels.ndim == 1:
+        logits = logits.squeeze(-1)
+    check_shape("labels", labels, *logits.shape)
     logits = at_least_fp32(logits)
-    return F.mse_loss(logits, labels.to(logits).view_as(logits))
+    return F.mse_loss(logits, labels.to(logits))
 
 
 def binary_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    check_shape("labels", labels, *logits.shape)
     logits = at_least_fp32(logits)
-    return F.binary_cross_entropy_with_logits(logits, labels.to(logits))
+    labels = labels.to(logits)
+    check_range("labels", labels, 1)
+    return F.binary_cross_entropy_with_logits(logits, labels)
 
 
 PROBLEM_TYPES = {
@@ -1559,11 +1599,17 @@ class MegaForQuestionAnswering(MegaBase):
         starts, ends = logits.unbind(dim=-1)
         loss = None
         if start_positions is not None and end_positions is not None:
-            L = logits.shape[1]  # the label that is ignored
-            start_loss = cross_entropy(starts, start_positions.clamp(0, L), ignored=L)
-            end_loss = cross_entropy(ends, end_positions.clamp(0, L), ignored=L)
+            start_loss = position_loss("start_positions", starts, start_positions)
+            end_loss = position_loss("end_positions", ends, end_positions)
             loss = (start_loss + end_loss) / 2
         return out._replace(logits=logits, start_logits=starts, end_logits=ends, loss=loss)
+
+
+def position_loss(name: str, logits: Tensor, positions: Tensor) -> Tensor:
+    """Average the cross-entropy of logits (B, L) over the positions (B) that are below L."""
+    batch, length = logits.shape
+    positions = check_integers(name, positions, batch).clamp(0, length)
+    return F.cross_entropy(at_least_fp32(logits), positions, ignore_index=length)
 
 
 def classifier_dropout(config: MegaConfig) -> float:
@@ -1596,7 +1642,8 @@ class LanguageModel(MegaBase):
         """Add logits (B, L, vocab_size) and, with labels (B, L), their loss."""
         features = self.features(out.last_hidden_state)
         if labels is not None:
-            check_shape("labels", labels, *features.shape[:2])
+            size = self.config.vocab_size
+            labels = check_ids("labels", labels, size, *features.shape[:2], ignored=-100)
         if output_logits is None:
             output_logits = labels is None or not self.training or labels.numel() <= MANY_LABELS
         if labels is not None and not output_logits and can_slice(features, output):
@@ -1624,7 +1671,7 @@ def sliced_cross_entropy(features: Tensor, layer: nn.Linear, labels: Tensor) -> 
     loss = F.linear_cross_entropy(
         features.flatten(0, 1),
         layer.weight,
-        labels.flatten().long(),
+        labels.flatten(),
         linear_bias=layer.bias,
         options=nn.LinearCrossEntropyOptions(batch_chunk_size=SLICE, acc_policy="accurate"),
     )
@@ -1687,6 +1734,7 @@ class MegaForCausalLM(LanguageModel):
         """
         out = self.mega(input_ids, attention_mask, **inputs)
         if labels is not None and shift_labels:
+            labels = check_integers("labels", labels, *out.last_hidden_state.shape[:2])
             labels = F.pad(labels[:, 1:], (0, 1), value=-100)
         return self.score(out, self.lm_head, labels, output_logits)
 
@@ -1695,47 +1743,55 @@ class MegaForCausalLM(LanguageModel):
 
     def generate(self, input_ids: Tensor, max_new_tokens: int, temperature=1.0, top_k=None,
                  top_p=None, eos_token_id=None, attention_mask=None, seed=None, stream=None,
-                 token_type_ids=None, cache=None, **inputs) -> Tensor:  # fmt: skip
+                 process=None, token_type_ids=None, cache=None, **inputs) -> Tensor:  # fmt: skip
         """Continue input_ids (B, L); return (B, L + new), new <= max_new_tokens.
 
         Temperature 0 takes the likeliest token; top_k and top_p limit the draw to the likeliest.
-        After eos_token_id a sequence is filled with padding, or with eos if there is no padding;
-        the call ends when all sequences have. Padding in front (attention_mask 0) changes nothing.
-        `cache` is that of the positions before input_ids. `stream` is called with each new token
-        (B,). New tokens have the last token type; other inputs are MegaModel's.
+        After eos_token_id, one id or several, a sequence is filled with padding, or with eos if
+        there is no padding; the call ends when all sequences have. Padding in front (attention_mask
+        0) changes nothing. `cache` is that of the positions before input_ids. New tokens have the
+        last token type; other inputs are MegaModel's.
+
+        `process(ids, logits)` returns the logits (B, vocab_size) to draw from, after ids (B, so far):
+        Hugging Face's logits processors fit. `stream` is called with each new token (B,), and ends
+        the call by returning True.
         """
         check_options(max_new_tokens, temperature, top_k, top_p)
-        check_ids("input_ids", input_ids, self.config.vocab_size, "B", "L")
+        ids = check_ids("input_ids", input_ids, self.config.vocab_size, "B", "L")
         past = 0 if cache is None else cache.length
-        self.check_prompt(input_ids, attention_mask, past, max_new_tokens)
+        self.check_prompt(ids, attention_mask, past, max_new_tokens)
+        ends = end_tokens(eos_token_id).to(ids.device)
         generator = None
         if seed is not None:
-            generator = torch.Generator(input_ids.device).manual_seed(seed)
+            generator = torch.Generator(ids.device).manual_seed(operator.index(seed))
 
-        ids = F.pad(input_ids, (0, max_new_tokens))
-        end = input_ids.shape[1]
         done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-        new_ids = input_ids
+        new_ids = ids
+        longest = ids.shape[1] + max_new_tokens
         inputs["use_cache"] = True
         with evaluating(self), torch.inference_mode():  # a tenth faster than no_grad
-            while end < ids.shape[1] and not done.all():
+            while ids.shape[1] < longest and not done.all():
                 out = self.mega(new_ids, attention_mask, token_type_ids, cache=cache, **inputs)
                 logits = project(self.lm_head, self.features(out.last_hidden_state[:, -1]))
-                token = draw(at_least_fp32(logits), temperature, top_k, top_p, generator)
-                if eos_token_id is not None:
+                logits = at_least_fp32(logits)
+                if process is not None:
+                    logits = process(ids, logits)
+                token = draw(logits, temperature, top_k, top_p, generator)
+                if len(ends) > 0:
                     filler = self.config.pad_token_id
-                    token = token.masked_fill(done, eos_token_id if filler is None else filler)
-                    done = done | (token == eos_token_id)
-                ids[:, end] = token
-                end += 1
+                    token = token.masked_fill(done, ends[0] if filler is None else filler)
+                    done = done | torch.isin(token, ends)
+                ids = torch.cat([ids, token.unsqueeze(1)], dim=1)
                 if stream is not None:
-                    stream(ids[:, end - 1])  # not made in inference mode: it may be trained on
+                    with torch.inference_mode(False):  # its tokens may be trained on
+                        if stream(token.clone()) is True:
+                            break
                 new_ids = token.unsqueeze(1)
                 attention_mask = None
                 cache = out.cache
                 if token_type_ids is not None:
                     token_type_ids = token_type_ids[:, -1:]
-        return ids[:, :end]
+        return ids.clone()
 
     def check_prompt(self, input_ids: Tensor, mask: Tensor | None, past: int, new: int):
         """Raise a ValueError if the prompt's padding or length can't be continued."""
@@ -1769,14 +1825,22 @@ def warn_of_direction(config: MegaConfig, causal: bool, name: str):
 
 def check_options(max_new_tokens, temperature, top_k, top_p):
     """Raise a ValueError that names the first option of `generate` out of range."""
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens must be 0 or more, got {max_new_tokens}")
+    if not is_integer(max_new_tokens, 0):
+        raise ValueError(f"max_new_tokens must be an integer from 0 on, got {max_new_tokens!r}")
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature must be 0 or more, and finite, got {temperature}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be 1 or more, got {top_k}")
+    if top_k is not None and not is_integer(top_k, 1):
+        raise ValueError(f"top_k must be an integer from 1 on, got {top_k!r}")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
+
+
+def end_tokens(eos_token_id) -> Tensor:
+    """Return the tokens that end a sequence, (any number), of one id, several, or None."""
+    ids = torch.as_tensor([] if eos_token_id is None else eos_token_id).flatten()
+    if len(ids) == 0:
+        return ids.long()
+    return check_ids("eos_token_id", ids, LARGEST, "ids")
 
 
 @contextlib.contextmanager
@@ -1793,17 +1857,23 @@ def evaluating(model: nn.Module):
 
 def draw(logits: Tensor, temperature: float, top_k, top_p, generator) -> Tensor:
     """Draw one token (B,) for each row of logits (B, vocab_size)."""
-    if temperature == 0:
+    largest = logits.max(dim=-1, keepdim=True).values
+    if not largest.isfinite().all():  # NaN, which is the largest, or nothing left to draw
+        raise ValueError(
+            f"no token can be drawn: the largest logits are {largest.flatten().tolist()}"
+        )
+    if temperature == 0 or top_k == 1:
         return logits.argmax(dim=-1)
-    logits = logits - logits.max(dim=-1, keepdim=True).values  # at most 0: no overflow below
-    logits = logits / max(temperature, 1e-30)
+    logits = (logits - largest) / max(temperature, 1e-30)  # at most 0: no overflow
     if top_k is not None:
-        weakest = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < weakest, -math.inf)
+        likeliest, tokens = logits.topk(min(top_k, logits.shape[-1]))
+        logits = torch.full_like(logits, -math.inf).scatter(-1, tokens, likeliest)
     if top_p is not None:
         p, order = logits.softmax(dim=-1).sort(descending=True)
         likelier = p.cumsum(dim=-1) - p  # what the tokens before each hold; 0 for the likeliest
-        late = (likelier >= top_p).gather(-1, order.argsort(dim=-1))  # in the vocabulary's order
+        late = likelier >= top_p
+        late[:, 0] = False  # the likeliest stays, however small top_p is
+        late = late.gather(-1, order.argsort(dim=-1))  # in the vocabulary's order
         logits = logits.masked_fill(late, -math.inf)
     return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).squeeze(1)
 
@@ -1830,6 +1900,8 @@ def write_checkpoint(model: MegaBase, folder: Path):
 
     model.config.check()
     config = {**model.config.to_dict(), "architectures": [type(model).__name__]}
+    for name in {"dtype", "torch_dtype"} & config.keys():  # from the file that was loaded
+        config[name] = str(next(model.parameters()).dtype).removeprefix("torch.")
     tensors = [*model.named_parameters(), *model.named_buffers()]  # a tied one only once
     weights = {name: tensor.data.contiguous() for name, tensor in tensors}
     files = {
@@ -1837,14 +1909,15 @@ def write_checkpoint(model: MegaBase, folder: Path):
         "model.safetensors": save(weights, metadata={"format": "pt"}),
     }
     folder.mkdir(parents=True, exist_ok=True)
+    part = f"{uuid.uuid4().hex}.part"  # of this call alone
     try:
         for name, content in files.items():
-            (folder / f"{name}.part").write_bytes(content)
+            (folder / f"{name}.{part}").write_bytes(content)
         for name in files:
-            (folder / f"{name}.part").replace(folder / name)
+            (folder / f"{name}.{part}").replace(folder / name)
     finally:
         for name in files:
-            (folder / f"{name}.part").unlink(missing_ok=True)
+            (folder / f"{name}.{part}").unlink(missing_ok=True)
 
 
 def find_file(source: str | Path, *names: str, revision: str | None = None) -> Path:
@@ -1892,7 +1965,10 @@ def read_checkpoint(source: str | Path, revision: str | None) -> tuple[dict, dic
     path = find_file(source, *WEIGHT_FILES, revision=revision)
     paths = [path]
     if path.suffix == ".json":
-        shards = set(read_json(path).get("weight_map", {}).values())
+        shards = read_json(path).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(x, str) for x in shards.values()):
+            raise ValueError(f"{path} can't be read (its weight_map must give each tensor's file)")
+        shards = set(shards.values())
         paths = [find_file(source, Path(name).name, revision=revision) for name in sorted(shards)]
     weights = {}
     for shard in paths:
@@ -1904,8 +1980,8 @@ def read_checkpoint(source: str | Path, revision: str | None) -> tuple[dict, dic
 
 def read_json(path: Path) -> dict:
     try:
-        return {**json.loads(path.read_text("utf-8"))}
-    except (ValueError, TypeError) as error:  # no JSON, or no object
+        return {**json.loads(path.read_bytes())}
+    except (ValueError, TypeError, RecursionError) as error:  # no JSON, or no object
         raise ValueError(f"{path} can't be read ({error})") from None
 
 
@@ -1913,21 +1989,44 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        return torch.load(path, "cpu", weights_only=True)
+        found = load_file(path) if path.suffix == ".safetensors" else unpickle(path)
+        for name, x in found.items():
+            plain = torch.is_tensor(x) and x.layout == torch.strided and not x.is_quantized
+            if not isinstance(name, str) or not plain or x.is_complex() or x.is_meta:
+                raise ValueError(f"{name} is no plain tensor of real numbers")
+        return found
     except Exception as error:  # damaged files make the readers raise many kinds
         raise ValueError(f"{path} can't be read ({error})") from error
 
 
-def fill(model: MegaBase, weights: dict[str, Tensor], ignore_mismatched_sizes: bool, source: str):
-    """Copy the tensors of `read_checkpoint` into the model; ValueError if one does not fit.
+def unpickle(path: Path):
+    """Read what torch.save wrote: tensors and plain values, no code."""
+    if zipfile.is_zipfile(path):  # torch.save packs nothing, so a zip that holds more is a trap
+        with zipfile.ZipFile(path) as archive:
+            size = sum(member.file_size for member in archive.infolist())
+        if size > path.stat().st_size:
+            raise ValueError(f"it would unpack to {size:,} bytes; torch.save makes no such file")
+    return torch.load(path, "cpu", weights_only=True)
+
+
+def match(cls, config: MegaConfig, weights: dict[str, Tensor], ignore_mismatched_sizes: bool,
+          source: str) -> dict[str, Tensor]:  # fmt: skip
+    """Return the tensors of `read_checkpoint` by the names of a model; ValueError if one misfits.
 
     What may be lacking (a head, a cross-attention, a pooler), and with ignore_mismatched_sizes all
-    that does not fit, stays as it was initialised, and one warning names it.
+    that does not fit, is left out, and one warning names it.
     """
+    skeleton = config
+    if not ignore_mismatched_sizes:  # one layer more than the file has shows that one is missing
+        layers = {n.split(".")[1] for n in weights if n.startswith("layers.")}
+        depth = min(config.num_hidden_layers, len(layers) + 1)
+        skeleton = replace(config, num_hidden_layers=depth)
+    with torch.device("meta"), warnings.catch_warnings():  # shapes alone, which take no memory
+        warnings.simplefilter("ignore")
+        model = cls(skeleton)
     weights = dict(weights)
     tie_as_in_file(model, weights)
+    matching = {}
     fresh = []
     for name, tensor in model.state_dict().items():
         found = weights.pop(name.removeprefix("mega."), None)
@@ -1937,11 +2036,11 @@ def fill(model: MegaBase, weights: dict[str, Tensor], ignore_mismatched_sizes: b
         if ignore_mismatched_sizes and has_two_directions(name, found, tensor):
             found = found[: len(tensor)]  # the first half reads from left to right
         if found is not None and found.shape == tensor.shape:
-            tensor.copy_(found)
+            matching[name] = found
         elif ignore_mismatched_sizes:
             fresh.append(name)
         else:
-            raise ValueError(f"{source}: {describe_misfit(model.config, name, found, tensor)}")
+            raise ValueError(f"{source}: {describe_misfit(config, name, found, tensor)}")
 
     trained = TRAINED
     if isinstance(model, LanguageModel):
@@ -1954,6 +2053,7 @@ def fill(model: MegaBase, weights: dict[str, Tensor], ignore_mismatched_sizes: b
         notes.append(f"not used: {', '.join(unused)}")
     if notes:
         warnings.warn(f"{source}: {'; '.join(notes)}", stacklevel=3)
+    return matching
 
 
 def tie_as_in_file(model: MegaBase, weights: dict[str, Tensor]):

@@ -8,6 +8,7 @@ python sample.py --model mnaylor/mega-base-wikitext --task fill-mask \
 """
 
 import codecs
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 import torch
 
 from data.common import Parser, UserError, run, short
+from data.machine import choose_device
 from data.prepare import (
     DATA,
     RobertaTokenizer,
@@ -135,16 +137,6 @@ def fill_masks(model: MegaForMaskedLM, codec: RobertaTokenizer, prompt: str, wri
             write(f"{p:7.2%} {text!r}\n")
 
 
-def choose_device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.zeros(1, device=name).cpu()
-        return torch.device(name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"--device={name} can't be used here ({short(error)})") from None
-
-
 def read_prompt(prompt: str | None) -> str:
     """The flag's text; with "-", or without the flag at the end of a pipe, standard input."""
     if sys.stdin is not None and (prompt == "-" or (prompt is None and not sys.stdin.isatty())):
@@ -160,9 +152,11 @@ def note(text):
 
 def find_out() -> str:
     """What `python train.py` made or, before it has been run, the model that comes with it."""
-    if Path("out").exists():
+    if Path("out/config.json").exists():
         return "out"
-    note("there is no out/ yet: this is the small model in data/small; python train.py makes yours")
+    note(
+        "there is no model in out/ yet: this is the small model in data/small; python train.py makes yours"
+    )
     return str(SMALL)
 
 
@@ -197,7 +191,7 @@ def main():
     device, prompt = choose_device(options.pop("device")), read_prompt(options.pop("prompt"))
     warnings.showwarning = lambda message, *_: note(message)
     source = options.pop("model")
-    source = find_out() if source is None else source
+    source = find_out() if source is None else os.path.expanduser(source)
     model, codec = load_model(source)
     model.to(device)
 

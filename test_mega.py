@@ -43,6 +43,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import unittest.mock
 import warnings
 import zipfile
@@ -60,7 +61,7 @@ from hypothesis import strategies as st
 import mega
 import sample
 import train
-from data import common, prepare
+from data import common, machine, prepare
 from data.lecture import compare, draw, exercises, experiments
 from data.lecture import learn as learning
 from mega import (
@@ -177,6 +178,8 @@ BAD_CONFIGS = [
     {"final_norm": True, "normalize_before_mega": False}, {"activation": ["silu"]},
     {"relative_positional_bias": "simple", "use_chunking": True, "chunk_size": 65},
     {"id2label": {"no": 0, "yes": 1}}, {"id2label": {None: "no", 1: "yes"}},
+    {"id2label": {"²": "no", "1": "yes"}}, {"num_labels": 10**9}, {"type_vocab_size": 10**9},
+    {"num_hidden_layers": 10**9}, {"hidden_size": 10**18}, {"vocab_size": 1 << 62},
 ]  # fmt: skip
 
 
@@ -670,7 +673,7 @@ def trained(corpus, data, tmp_path):
 
 
 def training(*arguments) -> train.Training:
-    """A training as train.main makes it; its lock is freed when it is collected."""
+    """A training as train.main makes it, without its lock on out_dir."""
     s = train.read_settings([str(argument) for argument in arguments])
     return train.Training(s, train.Distributed(s.device))
 
@@ -777,7 +780,7 @@ WRONG_FLAGS = {
         "--resume --out_dir=nowhere": "there is nothing to resume: nowhere has no last.pt",
         "--resume --n_embd=24 --beta2=0.5": "n_embd was 16, not 24; beta2 was 0.98, not 0.5",
         "--resume --vocab_size=320": "vocab_size was 300, not 320",
-        "--resume --train_split=test": "train_split was train, not test; checksum of the text was",
+        "--resume --train_split=test": "train_split was train, not test",
         "--eval_only --vocab_size=320": "another tokenizer than",
     },
     "sample": {
@@ -816,7 +819,7 @@ WRONG_TEXTS = {
     "one_word.txt": (b"the", "one_word.txt has no 'val' split"),
     "short.txt": (b"a quick brown fox\nis it\n", "give more text or shorten it"),
     "torn.zip": (ZIP[: len(ZIP) // 2], "torn.zip is not a readable zip file"),
-    "other.zip": (zipfile_of({"a.pdf": b"%PDF"}), "other.zip is empty"),
+    "other.zip": (zipfile_of({"a.pdf": b"%PDF"}), "other.zip has no text files (.md, .raw"),
     "half.zip": (zipfile_of({"train.txt": b"a " * 999, "val.txt": b""}), "the val split of"),
     "folder/a.pdf": (b"%PDF", "has no text files"),
 }
@@ -832,6 +835,15 @@ def state_with(**values):
         content = io.BytesIO()
         torch.save(torch.load(io.BytesIO(old), weights_only=True) | values, content)
         return content.getvalue()
+
+    return change
+
+
+def part_of_state(part, name, value):
+    def change(old: bytes) -> bytes:
+        state = torch.load(io.BytesIO(old), weights_only=True)
+        state[part][name] = value
+        return pickled(state)
 
     return change
 
@@ -877,14 +889,14 @@ WRONG_FILES = [  # of out/: new content, or None, or a function of the old one
     ("train --resume", "last.pt", lambda old: old[: len(old) // 2], "last.pt can't be read"),
     ("train --resume", "last.pt", None, "has a model and no last.pt, the file with weights and"),
     ("train --resume", "last.pt", lambda old: pickled([1, 2]), "last.pt can't be read"),
-    ("train --resume", "last.pt", lambda old: pickled({"step": 3}), "without best, dtype, fixed"),
+    ("train --resume", "last.pt", lambda old: pickled({"step": 3}), "without best, log, losses"),
     ("train --resume", "last.pt", state_with(optimizers=[]), "last.pt does not fit"),
     ("train --resume", "last.pt", state_with(optimizers=None), "last.pt does not fit"),
-    ("train --resume", "last.pt", state_with(model={EMBEDDING: torch.zeros(2, 16)}),
-     "word_embeddings.weight was (2, 16), not (300, 16); "),
+    ("train --resume", "last.pt", part_of_state("model", EMBEDDING, torch.zeros(2, 16)),
+     "word_embeddings.weight is (2, 16)"),
     ("train --resume", "tokenizer.tiktoken", None, "has no tokenizer"),
-    ("train --resume", "tokenizer.tiktoken", lambda old: old.replace(b" 256\n", b" 999\n"),
-     "another tokenizer"),
+    ("train --resume", "tokenizer.tiktoken", lambda old: old.replace(b" 256\n", b" 257\n", 1),
+     "rank 257"),
     ("train --resume", "tokenizer_meta.json", changed(end_of_text=298), "another tokenizer than"),
     ("train --eval_only", WEIGHTS, b"short", "can't be read"),
     ("train --resume", "../data/wikitext-2/train.bin", lambda old: old[:-2], "damaged; delete"),
@@ -933,6 +945,7 @@ def copied(tmp_path_factory):
         "sample.py",
         "data/prepare.py",
         "data/common.py",
+        "data/machine.py",
     ):
         shutil.copy(PROJECT / name, folder / name)
     return folder
@@ -1010,6 +1023,7 @@ def cloned(tmp_path_factory):
     python, train_flags = f'"{sys.executable}"', " ".join(SHRINK)
     for name, lines in {
         "python": f'case "$*" in\n'
+        f'*wikitext-103*) exec {python} "$@" {train_flags} --source=wikitext-2-raw-v1.zip;;\n'
         f'*train.py*|*lecture.learn*) exec {python} "$@" {train_flags};;\n'
         f'*"lecture.experiments "*) exec {python} "$@" --steps=2;;\nesac\nexec {python} "$@"',
         "torchrun": f'exec {python} -m torch.distributed.run "$@" {train_flags}',
@@ -1300,6 +1314,21 @@ class TestConfig:
         assert MegaConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
         assert config.to_dict()["mine"] == [1]
 
+    def test_numbers_of_numpy_are_numbers_and_can_be_saved(self, tmp_path):
+        config = small_config(
+            hidden_size=np.int64(8), dropout_prob=np.float32(0.5), norm_affine=np.bool_(True),
+            ema_beta_range=torch.tensor(0.25), pad_token_id=np.uint8(2),
+        )  # fmt: skip
+        config.num_hidden_layers = np.int16(2)
+        MegaForCausalLM(config).save_pretrained(tmp_path)
+        saved = json.loads((tmp_path / "config.json").read_text())
+        expected = small_config(
+            hidden_size=8, dropout_prob=0.5, norm_affine=True, ema_beta_range=0.25, pad_token_id=2
+        )
+        assert saved.items() >= json.loads(json.dumps(expected.to_dict())).items()
+        with pytest.raises(ValueError, match="hidden_size must be an integer from 1 on, got 8.5"):
+            small_config(hidden_size=np.float64(8.5))
+
     def test_a_config_changed_after_its_construction_is_checked_where_a_model_is_built(
         self, tmp_path
     ):
@@ -1395,6 +1424,17 @@ class TestEMA:
             close(parts, whole)
             for found, slope in zip(torch.autograd.grad(parts, leaves), expected, strict=True):
                 close(found, slope, 1e-9)
+
+    def test_a_large_negative_average_is_0_in_half_precision_as_in_full(self):
+        """Its SiLU is 0, and not -inf times 0, where fp16 can't hold the average itself."""
+        ema = DampedEMA(small_config(ema_gamma_omega_range=5.0)).half()
+        x = torch.full((1, 30, 8), 6e4).half()
+        x[:, :, ::2] *= -1
+        with torch.no_grad():
+            y = ema(x)[0]
+            full = copy.deepcopy(ema).float()(x.float())[0]
+        assert (full == 0).any() and full.max() > 65504  # some of both kinds
+        assert not y.isnan().any() and (y[full.abs() < 1e-9] == 0).all()
 
     def test_the_backward_pass_by_hand_is_the_derivative(self):
         x, u, q, g = randn(0, 2, 11, 2), randn(1, 2, 3), torch.rand(2, 3).double(), randn(2, 2, 3)
@@ -2555,6 +2595,66 @@ class TestHeads:
         with pytest.raises(ValueError, match=r"labels must be non-empty \(2, 6\)"):
             head_model(mega.MegaForTokenClassification)(ids, labels=ids.view(3, 4) % 2)
 
+    @pytest.mark.parametrize(("change", "message"), [
+        (lambda x: x.float(), "labels must be integers, got torch.float32"),
+        (lambda x: x > 0, "labels must be integers, got torch.bool"),
+        (lambda x: x + 100, "labels must be from 0 to"),
+        (lambda x: -1 - x, "labels must be from 0 to"),
+        (lambda x: x.tolist(), "labels must be a tensor, got list"),
+    ])  # fmt: skip
+    def test_labels_that_are_no_classes_are_refused_by_name(self, change, message):
+        ids = token_ids(0, 2, 6)
+        options = {"problem_type": "single_label_classification", "num_labels": 3}
+        classifier = head_model(mega.MegaForSequenceClassification, **options)
+        for model, labels in (
+            (causal_lm(), ids),
+            (head_model(mega.MegaForMaskedLM), ids),
+            (head_model(mega.MegaForTokenClassification), ids % 2),
+            (classifier, ids[:, 0] % 3),
+        ):
+            for step in (True, False):
+                with pytest.raises(ValueError, match=message):
+                    model.train(step)(ids, labels=change(labels))
+        for step in (True, False):  # a step makes no logits
+            with pytest.raises(ValueError, match=message):
+                causal_lm().train(step)(ids, labels=change(ids), output_logits=False)
+        questions = head_model(mega.MegaForQuestionAnswering)
+        for wrong in (torch.tensor([0.5, 1]), torch.tensor([True, False]), [0, 1]):
+            with pytest.raises(ValueError, match="end_positions must be"):
+                questions(ids, start_positions=torch.tensor([0, 1]), end_positions=wrong)
+
+    def test_numbers_and_flags_as_labels_fit_their_logits(self):
+        ids = token_ids(0, 2, 6)
+        for kind, size, labels, message in (
+            ("regression", 1, torch.rand(3), r"labels must be non-empty \(2\)"),
+            ("regression", 3, torch.rand(2), r"labels must be non-empty \(2, 3\)|got \(2,\)"),
+            ("multi_label_classification", 3, torch.rand(3, 2), r"labels must be .*\(2, 3\)"),
+            ("multi_label_classification", 3, torch.full((2, 3), 2), "labels must be from 0 to 1"),
+        ):
+            options = {"problem_type": kind, "num_labels": size}
+            with pytest.raises(ValueError, match=message):
+                head_model(mega.MegaForSequenceClassification, **options)(ids, labels=labels)
+        model = head_model(mega.MegaForSequenceClassification, num_labels=1)
+        column = torch.tensor([[0.5], [2.0]])
+        assert model(ids, labels=column).loss == model(ids, labels=column[:, 0]).loss
+
+    @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.uint16])
+    def test_ids_and_labels_of_any_integers_are_the_same_ids(self, dtype):
+        ids = token_ids(0, 2, 7, vocab_size=300)
+        model = causal_lm(vocab_size=300)
+        narrow = (ids % 120).to(dtype)
+        wide = narrow.long()
+        for step in (True, False):
+            found = model.train(step)(narrow, labels=narrow)
+            assert found.loss == model(wide, labels=wide).loss
+        new = model.generate(narrow, 20, temperature=0)
+        assert new.dtype == torch.int64 and new.equal(model.generate(wide, 20, temperature=0))
+        assert new.max() > 255  # more than a byte can hold
+        types = causal_lm(add_token_type_embeddings=True)
+        kinds = torch.ones(2, 7, dtype=dtype)
+        small = wide % 23
+        assert same(types(small, token_type_ids=kinds), types(small, token_type_ids=kinds.long()))
+
     def test_dropout_of_the_heads(self, monkeypatch):
         rates = []
         dropout = F.dropout
@@ -2715,6 +2815,10 @@ class TestGenerate:
             {"top_k": 0},
             {"top_p": 0.0},
             {"top_p": 1.5},
+            {"max_new_tokens": 2.5},
+            {"top_k": 1.5},
+            {"eos_token_id": -3},
+            {"max_new_tokens": True},
         ],
         ids=str,
     )
@@ -2765,6 +2869,70 @@ class TestGenerate:
             drawn = mega.draw(many, 1.0, *options, generator)
             assert set(drawn.tolist()) <= set(order[:kept].tolist())
         assert set(mega.draw(many, 1e-4, None, None, generator).tolist()) == {order[0].item()}
+
+    def test_top_k_draws_no_more_than_k_of_equally_likely_tokens(self):
+        many = torch.zeros(2000, 10)
+        for k in (1, 3, 10):
+            drawn = set(mega.draw(many, 1.0, k, None, None).tolist())
+            assert len(drawn) == k
+        assert drawn == set(range(10))
+        for p in (1e-46, 1e-9):  # a number that fp32 takes for 0, too
+            logits = randn(0, 50, 10, dtype=torch.float32)
+            assert mega.draw(logits, 1.0, None, p, None).equal(logits.argmax(-1))
+
+    @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+    @pytest.mark.parametrize("temperature", [0.0, 1.0])
+    def test_logits_that_are_no_numbers_draw_nothing(self, value, temperature):
+        logits = torch.full((2, 5), -math.inf)
+        logits[:, 2] = 1.0  # the only one that is left
+        assert mega.draw(logits, temperature, None, None, None).tolist() == [2, 2]
+        logits[1, 2] = value
+        with pytest.raises(ValueError, match="no token can be drawn"):
+            mega.draw(logits, temperature, None, None, None)
+        model = causal_lm()
+        model.lm_head.bias.data[0] = math.nan
+        with pytest.raises(ValueError, match="no token can be drawn"):
+            model.generate(token_ids(0, 1, 3), 4)
+
+    @pytest.mark.parametrize("kind", [list, tuple, set, torch.tensor, np.array])
+    def test_any_of_several_tokens_ends_a_sequence(self, kind):
+        model, ids = causal_lm(), token_ids(0, 3, 4)
+        free = model.generate(ids, 12, temperature=0)[:, 4:]
+        ends = [free[0, 2].item(), free[1, 5].item()]
+        given = list(kind(ends)) if kind is set else kind(ends)
+        ended = model.generate(ids, 12, temperature=0, eos_token_id=given)[:, 4:]
+        for row, expected in zip(ended, free, strict=True):
+            stop = next((i for i, token in enumerate(expected.tolist()) if token in ends), 99)
+            assert row[: stop + 1].equal(expected[: len(row)][: stop + 1])
+            assert (row[stop + 1 :] == model.config.pad_token_id).all()
+        one = model.generate(ids, 12, temperature=0, eos_token_id=ends[0], seed=np.int64(3))
+        for same_one in ([ends[0]], torch.tensor(ends[0]), np.int64(ends[0])):
+            assert one.equal(model.generate(ids, 12, temperature=0, eos_token_id=same_one))
+        assert free.equal(model.generate(ids, 12, temperature=0, eos_token_id=[])[:, 4:])
+        with pytest.raises(ValueError, match="eos_token_id must be integers"):
+            model.generate(ids, 12, eos_token_id=[1.5])
+
+    def test_logits_can_be_processed_and_a_stream_can_stop(self, transformers):
+        model, ids = causal_lm(), token_ids(0, 2, 4)
+        seen = []
+
+        def process(all_ids, logits):
+            seen.append(all_ids.clone())
+            return logits.index_fill(-1, torch.tensor([7, 8]), -math.inf)
+
+        banned = model.generate(ids, 30, temperature=2.0, seed=1, process=process)
+        assert not {7, 8} & set(banned[:, 4:].flatten().tolist())
+        assert [x.shape[1] for x in seen] == list(range(4, 34))
+        assert all(x.equal(banned[:, : x.shape[1]]) for x in seen)
+        theirs = transformers.SuppressTokensLogitsProcessor([7, 8])
+        assert model.generate(ids, 30, temperature=2.0, seed=1, process=theirs).equal(banned)
+        tokens = []
+        stopped = model.generate(ids, 30, 0, stream=lambda t: tokens.append(t) or len(tokens) == 3)
+        assert stopped.shape == (2, 7) and torch.stack(tokens, 1).equal(stopped[:, 4:])
+        whole = model.generate(ids, 5, 0, stream=lambda t: 1)  # what write() returns stops nothing
+        assert whole.shape == (2, 9)
+        model.zero_grad()
+        model.train()(torch.stack(tokens, 1), labels=torch.stack(tokens, 1)).loss.backward()
 
     @pytest.mark.parametrize("chunking", [{}, {"use_chunking": True, "chunk_size": 4}])
     def test_generation_sees_the_logits_of_the_whole_row(self, monkeypatch, chunking):
@@ -3033,6 +3201,92 @@ class TestCheckpoints:
             MegaForCausalLM.from_pretrained(tmp_path)
         with pytest.raises(FileNotFoundError, match="nowhere has no config.json"):
             MegaForCausalLM.from_pretrained("nowhere")
+
+    def test_a_saved_config_has_the_dtype_of_its_weights(self, tmp_path):
+        for name in ("torch_dtype", "dtype"):
+            model = MegaForCausalLM(
+                MegaConfig.from_dict(small_config().to_dict() | {name: "float16"})
+            )
+            for dtype in (torch.float32, torch.bfloat16):
+                model.to(dtype).save_pretrained(tmp_path)
+                saved = json.loads((tmp_path / "config.json").read_text())
+                assert saved[name] == str(dtype).removeprefix("torch.")
+
+    @pytest.mark.parametrize("changes", [
+        {"vocab_size": 1 << 24, "hidden_size": 1 << 24}, {"num_hidden_layers": 1 << 24},
+        {"nffn_hidden_size": 1 << 24, "hidden_size": 1 << 24}, {"ema_projection_size": 1 << 24},
+        {"intermediate_size": 1 << 24, "hidden_size": 1 << 24}, {"hidden_size": 1 << 24},
+    ], ids=str)  # fmt: skip
+    def test_a_config_larger_than_its_file_is_refused_before_memory_is_taken(
+        self, tmp_path, changes, monkeypatch
+    ):
+        causal_lm().save_pretrained(tmp_path)
+        config = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps(config | changes))
+        devices = []
+        register = torch.nn.Module.register_parameter
+
+        def registering(self, name, parameter):
+            devices.append(None if parameter is None else parameter.device.type)
+            register(self, name, parameter)
+
+        monkeypatch.setattr(torch.nn.Module, "register_parameter", registering)
+        with pytest.raises(ValueError, match="tensor mega.* is missing|but the config asks for"):
+            MegaForCausalLM.from_pretrained(tmp_path)
+        assert "meta" in devices and "cpu" not in devices and len(devices) < 500
+
+    @pytest.mark.parametrize("kind", ["sparse", "quantized", "complex", "number", "name", "bomb"])
+    def test_what_is_no_plain_tensor_is_refused(self, tmp_path, kind):
+        causal_lm().save_pretrained(tmp_path)
+        weights = {n: t.float() for n, t in causal_lm().state_dict().items()}
+        (tmp_path / "model.safetensors").unlink()
+        name = "lm_head.weight"
+        path = tmp_path / "pytorch_model.bin"
+        x = weights[name]
+        wrong = {
+            "sparse": lambda: x.to_sparse(),
+            "quantized": lambda: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8),
+            "complex": lambda: x.to(torch.complex64),
+            "number": lambda: 3.0,
+        }
+        if kind in wrong:
+            weights[name] = wrong[kind]()
+        elif kind == "name":
+            weights[5] = x
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.save(weights, path)
+        if kind == "bomb":  # the same file, packed, with a part that is larger than it
+            with zipfile.ZipFile(path) as old:
+                parts = {n: old.read(n) for n in old.namelist()}
+            with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new:
+                for part, content in parts.items():
+                    new.writestr(part, content)
+                new.writestr("pytorch_model/data/99", bytes(1 << 24))
+        with pytest.raises(ValueError, match="pytorch_model.bin can't be read") as error:
+            MegaForCausalLM.from_pretrained(tmp_path)
+        assert "\n" not in str(error.value) or kind == "quantized"
+
+    @pytest.mark.parametrize("content", [b"[" * 100_000, b"{" * 100_000, b'{"a":' * 100_000])
+    def test_json_of_any_depth_is_one_error(self, tmp_path, content):
+        causal_lm().save_pretrained(tmp_path)
+        (tmp_path / "config.json").write_bytes(content)
+        with pytest.raises(ValueError, match="config.json can't be read"):
+            MegaForCausalLM.from_pretrained(tmp_path)
+
+    @pytest.mark.parametrize("index", [{}, {"weight_map": [1]}, {"weight_map": {"a": 5}}])
+    def test_an_index_without_names_of_files_is_named(self, tmp_path, index):
+        causal_lm().save_pretrained(tmp_path)
+        (tmp_path / "model.safetensors").unlink()
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+        with pytest.raises(ValueError, match="index.json can't be read"):
+            MegaForCausalLM.from_pretrained(tmp_path)
+
+    def test_a_config_with_a_byte_order_mark_is_read(self, tmp_path):
+        causal_lm().save_pretrained(tmp_path)
+        path = tmp_path / "config.json"
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+        MegaForCausalLM.from_pretrained(tmp_path)
 
     @quiet
     @pytest.mark.parametrize("tied", [True, False])
@@ -3308,7 +3562,7 @@ async def function():
         for name, message in (("half.zip", "broke off after|could not be"), ("missing.zip", "404")):
             with pytest.raises(prepare.DownloadError, match=message):
                 prepare.prepare("wikitext-2", server.url(name))
-            assert not [p for p in data.rglob("*") if p.is_file()]
+            assert {p.name for p in data.rglob("*") if p.is_file()} == {"lock"}
         folder = prepare.prepare("wikitext-2", server.url("good.zip"), vocab_size=300)
         assert prepare.read_meta(folder)["splits"]["train"]["documents"] == 3
         assert not list(data.rglob("*.zip")) and not any("urllib" in a for a in server.agents)
@@ -3426,7 +3680,7 @@ class TestTrain:
         for length in (1, 20, 200, len(ids) - 2):  # the last leaves a rest of one
             pieces = [ids[i : i + length + 1] for i in range(0, len(ids) - 1, length)]
             expected[str(length)] = sum(nats_of_all(model, piece).sum() for piece in pieces)
-        text = "".join(prepare.wikitext("wikitext-2", str(corpus))["val"])
+        text = "".join(prepare.wikitext("wikitext-2", str(corpus), data)["val"])
         per_word = len(text.split()) + text.count("\n")
         for context, nats in expected.items():
             found = train.evaluate(model, run.corpus, "val", context, run.autocast)
@@ -3487,7 +3741,6 @@ class TestTrain:
                 if run.step == 3:
                     run.evaluate()
             run.save(better=False)
-        first.lock.release()
         torch.manual_seed(99)
         second = started("parts", "--resume")
         assert second.step == 4 and second.losses == whole.losses[:4]
@@ -3637,21 +3890,21 @@ class TestTrain:
         for name in ("model.safetensors", "samples.txt", "config.json"):
             assert (killed / name).read_bytes() == (copied / "unbroken" / name).read_bytes()
 
-    @pytest.mark.parametrize(("ends", "saved"), [(0, 0), (3, 2)])
+    @pytest.mark.parametrize(("ends", "saved"), [(1, 1), (3, 2)])
     def test_a_run_that_ends_before_its_first_evaluation_has_saved(
         self, corpus, data, tmp_path, capsys, monkeypatch, ends, saved
     ):
-        step, out = train.Training.train_step, tmp_path / "out"
+        update, out = train.Training.update, tmp_path / "out"
 
-        def ending(self):
+        def ending(self, *found):
             if self.step == ends:
                 raise KeyboardInterrupt
-            return step(self)
+            return update(self, *found)
 
         flags = [*TINY, f"--source={corpus}", f"--out_dir={out}", "--save_interval=2"]
         handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
         with monkeypatch.context() as patch:
-            patch.setattr(train.Training, "train_step", ending)
+            patch.setattr(train.Training, "update", ending)
             assert call(train.main, *flags, "--evaluations=1") == 130
         assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
         state, (model, _) = checkpoint_of(out), sample.load_model(out)
@@ -3662,22 +3915,24 @@ class TestTrain:
 
     def test_two_runs_in_one_folder_are_refused(self, trained, capsys):
         out, arguments = trained
-        run = training(*arguments, "--resume")
         before = {p: p.read_bytes() for p in out.iterdir() if p.is_file()}
-        for more in ([], ["--resume", "--max_iters=9"]):
-            assert call(train.main, *arguments, *more) == 2
-            error = capsys.readouterr().err
-            assert f"another run is at work in {out}; wait" in error and error.count("\n") == 1
+        with common.locked(out, "busy"):
+            for more in ([], ["--resume", "--max_iters=9"]):
+                assert call(train.main, *arguments, *more) == 2
+                error = capsys.readouterr().err
+                assert f"another run is at work in {out}" in error and error.count("\n") == 1
         assert {p: p.read_bytes() for p in out.iterdir() if p.is_file()} == before
-        run.lock.release()
         assert call(train.main, *arguments, "--resume", "--max_iters=9") == 0
 
     @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
     @pytest.mark.parametrize("name", ["last.pt", "model.safetensors", "log.csv", "loss.png"])
-    def test_a_full_disk_is_one_sentence_and_the_old_checkpoint_stays(self, trained, capsys, name):
+    def test_a_full_disk_is_one_sentence_and_the_old_checkpoint_stays(
+        self, trained, capsys, name, monkeypatch
+    ):
         out, arguments = trained
         before = {p: p.read_bytes() for p in out.iterdir() if p.is_file()}
-        (out / f"{name}.part").symlink_to("/dev/full")
+        monkeypatch.setattr(common.uuid, "uuid4", lambda: types.SimpleNamespace(hex="full"))
+        (out / f"{name}.full.part").symlink_to("/dev/full")
         capsys.readouterr()
         assert call(train.main, *arguments, "--resume", "--max_iters=9") == 2
         error = capsys.readouterr().err
@@ -3732,12 +3987,12 @@ class TestTrain:
         weights = (out / "model.safetensors").read_bytes()
         capsys.readouterr()
         assert call(train.main, *arguments, "--seed=5") == 0
-        assert f"is now in {out / 'previous'}" in capsys.readouterr().out
-        assert (out / "previous" / "model.safetensors").read_bytes() == weights
+        assert f"is now in {out / 'previous-1'}" in capsys.readouterr().out
+        assert (out / "previous-1" / "model.safetensors").read_bytes() == weights
         assert (out / "model.safetensors").read_bytes() != weights
         assert call(train.main, *arguments, "--seed=5", "--resume") == 0  # done: evaluates only
         assert len((out / "log.csv").read_text().splitlines()) == 3
-        assert call(train.main, f"--out_dir={out / 'previous'}", *arguments[:-1], "--resume") == 0
+        assert call(train.main, f"--out_dir={out / 'previous-1'}", "--resume") == 0
 
     def test_a_validation_split_shorter_than_the_context_is_evaluated(self, corpus, data, tmp_path):
         (corpus / "wiki.valid.raw").write_text("the model of the average .\n")
@@ -3782,25 +4037,23 @@ class TestTrain:
     def test_bfloat16_is_chosen_where_its_products_take_less_time(self, monkeypatch):
         cpu = torch.device("cpu")
         for seconds, dtype in ((1.0, torch.float32), (200.0, torch.float32), (0.5, torch.bfloat16)):
-            train.bfloat16_is_faster.cache_clear()
+            machine.bfloat16_is_faster.cache_clear()
             waits = itertools.cycle([0.0, 1.0, 0.0, seconds])  # float32 and bfloat16 take turns
             clock = itertools.accumulate(waits)
             monkeypatch.setattr(train.time, "perf_counter", functools.partial(next, clock))
             assert train.choose_dtype("auto", cpu) == dtype
             assert train.choose_dtype("float32", cpu) == torch.float32
-        train.bfloat16_is_faster.cache_clear()
+        machine.bfloat16_is_faster.cache_clear()
 
     def test_a_resume_keeps_the_dtype_that_its_run_chose(self, corpus, data, tmp_path, monkeypatch):
         flags = [*TINY, f"--source={corpus}", f"--out_dir={tmp_path}"]
         for faster, dtype in ((True, torch.bfloat16), (False, torch.float32)):
-            monkeypatch.setattr(train, "bfloat16_is_faster", lambda faster=faster: faster)
+            monkeypatch.setattr(machine, "bfloat16_is_faster", lambda faster=faster: faster)
             run = training(*flags)
+            run.train_step()
             run.save(better=True)
-            run.lock.release()
-            monkeypatch.setattr(train, "bfloat16_is_faster", lambda faster=faster: not faster)
-            again = training(*flags, "--resume")
-            assert again.dtype == dtype
-            again.lock.release()
+            monkeypatch.setattr(machine, "bfloat16_is_faster", lambda faster=faster: not faster)
+            assert training(*flags, "--resume").dtype == dtype
 
     def test_evaluations_are_spread_over_the_training_and_the_curve_has_every_step(
         self, corpus, data, tmp_path, monkeypatch
@@ -3836,7 +4089,7 @@ class TestTrain:
     ):
         run = training(*TINY, f"--source={corpus}", f"--out_dir={tmp_path}", "--sample_tokens=0")
         saved = []
-        monkeypatch.setattr(run, "save", saved.append)
+        monkeypatch.setattr(run, "write_checkpoint", saved.append)
         for loss in (3.0, 2.0, 4.0, 3.0, 1.0):
             result = {"loss": loss, "bits_per_byte": loss, "word_perplexity": loss}
             monkeypatch.setattr(train, "evaluate", lambda *_, result=result: result)
@@ -4062,7 +4315,8 @@ class TestTrain:
         known = {"urls": ["http://127.0.0.1:9/none.zip"], "lines": {}}
         monkeypatch.setitem(prepare.WIKITEXT, "wikitext-2", known)
         s = train.read_settings([*TINY, f"--out_dir={tmp_path}"])
-        assert train.find_data(s) == data / "pydocs"
+        with train.find_data(s) as folder:
+            assert folder == data / "pydocs"
         said = capsys.readouterr().out
         assert said.count("\n") == 1 and "wikitext-2 can't be downloaded" in said
 
@@ -4207,7 +4461,9 @@ class TestSample:
         assert call(sample.main, *flags) == 0
         small = capsys.readouterr()
         assert (
-            small.err.count("\n") == 1 and "no out/ yet" in small.err and "data/small" in small.err
+            small.err.count("\n") == 1
+            and "no model in out/ yet" in small.err
+            and "data/small" in small.err
         )
         assert small.out.startswith("The function") and len(small.out) > 40
         monkeypatch.chdir(out.parent)

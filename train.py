@@ -2,8 +2,8 @@
 
     python train.py                       # WikiText-2, or offline the text that ships with Python
     python train.py --dataset=my_text.txt --max_minutes=5 --out_dir=out-mine
-    python train.py --resume              # continue from the last checkpoint in out_dir
-    python train.py --eval_only           # the best checkpoint on val and test
+    python train.py --resume              # continue out_dir's run, with the settings it had
+    python train.py --eval_only           # its best model on val and test
     torchrun --nproc_per_node=2 train.py  # several processes share the sequences of each step
 
 Each setting below is a flag, --name=value or --name value. In out_dir: the best model so far in
@@ -14,14 +14,10 @@ evaluation, log.csv, loss.png and samples.txt.
 import argparse
 import contextlib
 import csv
-import datetime
-import difflib
-import functools
-import gc
 import io
+import itertools
 import math
 import os
-import pickle
 import re
 import shutil
 import signal
@@ -30,10 +26,8 @@ import time
 import zlib
 from pathlib import Path
 
-import filelock
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -41,33 +35,35 @@ from tqdm import tqdm
 
 from data.common import (
     DownloadError,
-    Parser,
     UserError,
-    flag_reader,
     keep_big_blocks,
+    locked,
+    read_flags,
+    reading,
     run,
     short,
     write_whole,
 )
+from data.machine import Distributed, choose_dtype, dtype_name, make_autocast, told_to_stop
 from data.prepare import (
     TOKENIZER_FILES,
     TOKENIZERS,
-    WIKITEXT,
     Tokenizer,
     load_tokenizer,
-    prepare,
+    prepared,
     read_meta,
     save_tokenizer,
 )
-from mega import DampedEMA, MegaConfig, MegaForCausalLM, evaluating
-from sample import choose_device, continue_text, load_model
+from mega import DampedEMA, MegaConfig, MegaForCausalLM, evaluating, unpickle
+from sample import continue_text, load_model
 
 # files
 out_dir = "out"  # folder of the checkpoints and the log
 resume = False  # continue from out_dir/last.pt
 eval_only = False  # evaluate out_dir's best model on val and test, and stop
 # data
-dataset = "wikitext-2"  # wikitext-2, wikitext-103, pydocs, or the path of a text
+dataset = "auto"  # wikitext-2, wikitext-103, pydocs, a path; auto: wikitext-2, offline pydocs
+data_dir = ""  # folder for the prepared datasets; empty: data/ beside this file
 source = ""  # read WikiText from this folder, zip or URL of a zip instead of downloading it
 train_split = "train"  # the split of the source to train on
 val_split = "val"  # the split to evaluate on
@@ -126,15 +122,20 @@ SETTINGS = {
 
 DTYPES = ("auto", "float32", "bfloat16")
 CONTEXTS = "carried, sliding and lengths of windows, with commas between"
+MOST = 1 << 63
 RULES = (  # names, the rule in words, the rule as a function
-    ("batch_size block_size gradient_accumulation_steps max_iters", "at least 1", lambda x: x >= 1),
-    ("evaluations save_interval n_layer n_embd", "at least 1", lambda x: x >= 1),
-    ("intermediate_size nffn_hidden_size shared_size", "at least 1", lambda x: x >= 1),
-    ("ema_size", "at least 1", lambda x: x >= 1),
-    ("chunk_size max_minutes weight_decay", "0 or more", lambda x: 0 <= x < 1 << 63),
-    ("grad_clip sample_tokens threads seed", "0 or more", lambda x: 0 <= x < 1 << 63),
+    ("batch_size block_size max_iters evaluations", "at least 1", lambda x: 1 <= x < MOST),
+    ("save_interval n_layer n_embd", "at least 1", lambda x: 1 <= x < MOST),
+    ("intermediate_size nffn_hidden_size shared_size", "at least 1", lambda x: 1 <= x < MOST),
+    ("ema_size", "at least 1", lambda x: 1 <= x < MOST),
+    ("gradient_accumulation_steps", "at least 1", lambda x: x >= 1),
+    ("gradient_accumulation_steps", "at most 65536", lambda x: x <= 65536),
+    ("chunk_size max_minutes weight_decay", "0 or more", lambda x: 0 <= x < MOST),
+    ("grad_clip sample_tokens seed threads", "0 or more", lambda x: 0 <= x < MOST),
+    ("threads", "at most 1024", lambda x: x <= 1024),
     ("gate_bias", "finite", math.isfinite),
-    ("learning_rate ema_learning_rate muon_learning_rate", "above 0", lambda x: 0 < x < math.inf),
+    ("gate_bias", "from -1000 to 1000", lambda x: abs(x) <= 1000),
+    ("learning_rate ema_learning_rate muon_learning_rate", "above 0", lambda x: 0 < x < MOST),
     ("dropout hidden_dropout attention_dropout", "0 or more and below 1", lambda x: 0 <= x < 1),
     ("warmup_fraction min_lr_fraction", "0 or more and below 1", lambda x: 0 <= x < 1),
     ("momentum beta1 beta2", "0 or more and below 1", lambda x: 0 <= x < 1),
@@ -144,6 +145,17 @@ RULES = (  # names, the rule in words, the rule as a function
     ("tokenizer", f"one of {', '.join(TOKENIZERS)}", lambda x: x in TOKENIZERS),
     ("contexts", CONTEXTS, lambda x: all(is_context(part) for part in x.split(","))),
 )
+# Other people's names of settings, and ours.
+ALSO_CALLED = {
+    "lr": "learning_rate", "wd": "weight_decay", "bs": "batch_size", "steps": "max_iters",
+    "epochs": "max_iters or --max_minutes", "num_epochs": "max_iters or --max_minutes",
+}  # fmt: skip
+# What a resumed run may change; what it has otherwise is in its checkpoint.
+CHANGEABLE = """
+    out_dir resume eval_only dataset data_dir source max_iters max_minutes evaluations save_interval
+    contexts sample_tokens device dtype compile threads learning_rate ema_learning_rate
+    muon_learning_rate min_lr_fraction warmup_fraction grad_clip
+"""
 
 
 def is_context(text: str) -> bool:
@@ -151,117 +163,71 @@ def is_context(text: str) -> bool:
 
 
 def read_settings(arguments: list[str]) -> argparse.Namespace:
-    """Read the settings on top of this file, changed by the command line."""
-    comments = dict(re.findall(r"(?m)^(\w+) = .*?  # (.*)$", Path(__file__).read_text("utf-8")))
-    parser = Parser(__doc__)
-    for name, default in SETTINGS.items():
-        text = f"{comments.get(name, '')} (default: {default!r})".replace("%", "%%")
-        options = {"type": flag_reader(default), "default": default, "help": text, "metavar": "X"}
-        if isinstance(default, bool):
-            options.update(nargs="?", const=True)
-        parser.add_argument(f"--{name}", **options)
-    s, unknown = parser.parse_known_args(arguments)
-    if unknown:
-        name = unknown[0].split("=")[0]
-        near = difflib.get_close_matches(name.lstrip("-").replace("-", "_"), SETTINGS, 1, 0.5)
-        hint = f"did you mean --{near[0]}?" if near else "--help lists all settings"
-        raise UserError(f"there is no setting {name}; {hint}")
+    """Read the settings of this file, or of the run in out_dir, changed by the command line."""
+    given = read_flags(arguments, __doc__, Path(__file__), SETTINGS, ALSO_CALLED)
+    for name in {"out_dir", "dataset", "data_dir", "source"} & given.keys():
+        given[name] = os.path.expanduser(given[name])
+    s = argparse.Namespace(**{**SETTINGS, **given})
+    check_settings(s)
+    last = Path(s.out_dir) / "last.pt"
+    if (s.resume or s.eval_only) and last.exists():
+        saved = read_state(last.parent)["settings"]
+        changed = {name: value for name, value in given.items() if name not in CHANGEABLE.split()}
+        if s.resume:
+            check_same(saved, changed, last)
+        s = argparse.Namespace(**{**SETTINGS, **saved, **given})
+    return s
+
+
+def check_settings(s):
+    """Raise a UserError that names the first setting out of range."""
     for names, rule, valid in RULES:
         for name in names.split():
             if not valid(getattr(s, name)):
                 raise UserError(f"--{name} must be {rule}, got {getattr(s, name)!r}")
-    return s
 
 
-# ----------------------------------------------------------------------------------------- machine
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the autocast dtype; "auto" is bfloat16 where the processor is faster with it."""
-    if name != "auto":
-        return getattr(torch, name)
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    if device.type == "cpu" and bfloat16_is_faster():
-        return torch.bfloat16
-    return torch.float32
-
-
-@functools.cache
-def bfloat16_is_faster() -> bool:
-    """Time products of matrices: without instructions for bfloat16 they take up to 200 times as
-    long as in float32, with them half as long.
-    """
-    seconds = {torch.float32: [], torch.bfloat16: []}
-    for size in (64, 512, 512):  # the first calls of all load libraries
-        for dtype, found in seconds.items():
-            x = torch.ones(size, size, dtype=dtype)
-            start = time.perf_counter()
-            _ = x @ x
-            found.append(time.perf_counter() - start)
-    return min(seconds[torch.bfloat16][1:]) < 0.8 * min(seconds[torch.float32][1:])
-
-
-def make_autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-
-
-class Distributed:
-    """The processes that torchrun started, or this one alone. The first is the one that writes."""
-
-    def __init__(self, device: str):
-        self.rank = int(os.environ.get("RANK", "0"))
-        self.size = int(os.environ.get("WORLD_SIZE", "1"))
-        self.device = choose_device(device)
-        if self.size > 1:
-            if self.device.type == "cuda":
-                self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-                torch.cuda.set_device(self.device)
-            backend = "nccl" if self.device.type == "cuda" else "gloo"
-            long = datetime.timedelta(hours=8)  # the others wait while the first one evaluates
-            dist.init_process_group(backend, timeout=long)
-
-    def print0(self, text: str):
-        if self.rank == 0:
-            print(text, flush=True)
-
-    def sum(self, *values: float) -> list[float]:
-        """Return the sums of numbers over all processes."""
-        if self.size == 1:
-            return [*values]
-        shared = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(shared)
-        return shared.tolist()
-
-    def broadcast(self, work):
-        """Return what `work()` returns in the first process, for which the others wait."""
-        found = [work() if self.rank == 0 else None]
-        if self.size > 1:
-            dist.broadcast_object_list(found, device=self.device)
-        return found[0]
-
-    def leave(self):
-        if self.size > 1:
-            gc.collect()  # DDP's threads must end before the group does
-            dist.destroy_process_group()
+def check_memory(s, vocab_size: int):
+    """Raise a UserError if a training step can't fit into this machine, even by a low estimate."""
+    layer = s.n_embd * (3 * s.intermediate_size + 2 * s.nffn_hidden_size + 2 * s.n_embd)
+    weights = s.n_layer * (layer + s.n_embd * (s.shared_size + 4 * s.ema_size))
+    weights += vocab_size * s.n_embd
+    token = 4 * s.n_embd + 2 * s.intermediate_size + 2 * s.nffn_hidden_size + 2 * s.shared_size
+    activations = s.n_layer * s.batch_size * s.block_size * token
+    needed = 12 * weights + 2 * activations  # bytes: weight, gradient and moment; bfloat16
+    needed += 30_000 * s.n_layer  # Python's objects
+    with contextlib.suppress(AttributeError, ValueError):  # Windows can't say
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if needed > there:
+            raise UserError(
+                f"a step would need at least {needed / 1e9:,.0f} GB of memory, and this machine has "
+                f"{there / 1e9:,.0f}; make the model, --batch_size or --block_size smaller"
+            )
 
 
 # -------------------------------------------------------------------------------------------- data
 
 
-def find_data(s) -> Path:
-    """Prepare the dataset; where WikiText can't be downloaded, the text that ships with Python."""
-    try:
-        return prepare(s.dataset, s.source, s.train_split, s.val_split, s.tokenizer, s.vocab_size)
-    except DownloadError as error:
-        if s.dataset not in WIKITEXT or s.source:
-            raise
-        print(f"{s.dataset} can't be downloaded, so pydocs, Python's own text, is used: {error}")
-        return prepare("pydocs", "", s.train_split, s.val_split, s.tokenizer, s.vocab_size)
+@contextlib.contextmanager
+def find_data(s):
+    """Prepare the dataset and yield its folder, which stays as it is until the block ends.
+
+    Where nobody has named a dataset and WikiText can't be downloaded, take Python's own text.
+    """
+    options = (s.source, s.train_split, s.val_split, s.tokenizer, s.vocab_size, s.data_dir)
+    name = "wikitext-2" if s.dataset == "auto" else s.dataset
+    with contextlib.ExitStack() as stack:
+        try:
+            folder = stack.enter_context(prepared(name, *options))
+        except DownloadError as error:
+            if s.dataset != "auto" or s.source:
+                raise
+            print(f"{name} can't be downloaded, so pydocs, Python's own text, is used: {error}")
+            folder = stack.enter_context(prepared("pydocs", *options))
+        yield folder
+
+
+COUNTS = {"documents": 0, "bytes": 0, "words": 0, "tokens": 0}  # of a split, in meta.json
 
 
 class Corpus:
@@ -269,6 +235,10 @@ class Corpus:
 
     def __init__(self, folder: Path, tokenizer: Tokenizer, block_size: int, seed: int):
         meta = read_meta(folder)
+        with reading(f"{folder}/meta.json is damaged; delete {folder} and run again"):
+            for counts in meta["splits"].values():
+                check_like(counts, COUNTS)
+            dtype = np.dtype({"uint8": "u1", "uint16": "u2", "uint32": "u4"}[meta["dtype"]])
         self.folder = folder
         self.counts = meta["splits"]
         self.block_size = block_size
@@ -276,7 +246,6 @@ class Corpus:
         self.tokens = {}
         for split, counts in self.counts.items():
             path = folder / f"{split}.bin"
-            dtype = np.dtype(meta["dtype"])
             if not path.exists() or path.stat().st_size != counts["tokens"] * dtype.itemsize:
                 raise UserError(f"{path} is damaged; delete {folder} and run again")
             tokens = np.memmap(path, dtype, "r")
@@ -550,16 +519,37 @@ def report_all(model: MegaForCausalLM, corpus: Corpus, splits: list, contexts: s
 
 # ---------------------------------------------------------------------------------------- training
 
-# The settings that a resumed run may change, and the parts of its last.pt.
-CHANGEABLE = """
-    out_dir source dataset resume eval_only max_iters max_minutes evaluations save_interval contexts
-    sample_tokens device dtype compile threads
-"""
+# Of last.pt, but for model and optimizers: what it holds, and of which types.
 COUNTERS = ("step", "seconds", "best", "losses", "log")
-STATE = {*COUNTERS, "fixed", "dtype", "processes", "model", "optimizers"}
-READING_FAILS = (OSError, EOFError, ValueError, AttributeError, RuntimeError, pickle.PickleError)
+ROW = {
+    "step": 0,
+    "tokens": 0,
+    "seconds": 0.0,
+    "train_loss": 0.0,
+    "val_loss": 0.0,
+    "bits_per_byte": 0.0,
+    "word_perplexity": 0.0,
+    "tokens_per_second": 0.0,
+    "learning_rate": 0.0,
+    "sample": "",
+}
+SAVED = {n: x for n, x in SETTINGS.items() if n not in ("out_dir", "resume", "eval_only")}
+STATE = {
+    "settings": SAVED, "text": {"dataset": "", "checksum": 0}, "processes": 0,
+    "step": 0, "seconds": 0.0, "best": 0.0, "losses": [], "log": [],
+}  # fmt: skip
 FILES = ("last.pt", "log.csv", "loss.png", "samples.txt", "config.json", "model.safetensors")
 FILES += TOKENIZER_FILES
+
+
+class Diverged(UserError):
+    """Numbers that are not finite; what was saved before them is."""
+
+    def __init__(self, what: str):
+        super().__init__(
+            f"{what}; the checkpoints stay as they were, try a lower --learning_rate and "
+            "--muon_learning_rate (with --resume, too)"
+        )
 
 
 class Training:
@@ -570,36 +560,36 @@ class Training:
         self.processes = processes
         self.device = processes.device
         self.out = Path(s.out_dir)
-        self.lock = filelock.FileLock(self.out / "lock")  # the system frees it when we die
+        self.owns_files = s.resume  # those in out_dir may be an earlier run's until the first save
         self.step = 0
         self.seconds = 0.0  # of training
         self.best = math.inf
         self.losses = []  # of all steps
         self.log = []  # of all evaluations
-        state = read_state(self.out) if s.resume else None
-        data = processes.broadcast(lambda: find_data(s))
-        self.tokenizer = load_tokenizer(data)
-        self.corpus = Corpus(data, self.tokenizer, s.block_size, s.seed)
-        dtype = state["dtype"] if s.resume and s.dtype == "auto" else s.dtype
-        self.dtype = processes.broadcast(lambda: choose_dtype(dtype, self.device))
+        with contextlib.ExitStack() as stack:
+            folder = processes.broadcast(lambda: stack.enter_context(find_data(s)))
+            self.tokenizer = load_tokenizer(folder)
+            self.corpus = Corpus(folder, self.tokenizer, s.block_size, s.seed)
+            processes.sum()  # until all have read it
+        s.dataset = folder.name if s.dataset == "auto" else s.dataset
+        self.dtype = processes.broadcast(lambda: choose_dtype(s.dtype, self.device))
+        s.dtype = dtype_name(self.dtype)
         self.autocast = make_autocast(self.device, self.dtype)
+        if self.device.type == "cpu":
+            check_memory(s, self.tokenizer.size)
         torch.manual_seed(s.seed)
         self.model = make_model(s, self.tokenizer).to(self.device)
         self.optimizers = build_optimizers(s, self.model, self.device, self.dtype)
         self.peaks = [group["lr"] for group in self.parameter_groups()]
         self.sequences = s.batch_size * s.gradient_accumulation_steps  # of a step
         self.parts = self.share_sequences()
-        changeable = CHANGEABLE.split()
-        self.fixed = {name: value for name, value in vars(s).items() if name not in changeable}
-        self.fixed["dataset"] = data.name
-        self.fixed["checksum of the text"] = zlib.crc32(self.corpus.tokens["train"])
+        checksum = zlib.crc32(self.corpus.tokens["train"])
+        self.text = {"dataset": folder.name, "checksum": checksum}
         if s.resume:
-            self.load_state(state)
-        if processes.rank == 0:
-            self.claim_out_dir()
+            self.load_state(read_state(self.out))
         self.engine = compiled(self) if s.compile else self.model
         if processes.size > 1:
-            self.engine = DistributedDataParallel(self.engine)
+            self.engine = DistributedDataParallel(self.engine, process_group=processes.group)
 
     def share_sequences(self) -> list[range]:
         """Return which of a step's sequences this process takes, one range a forward pass."""
@@ -620,13 +610,15 @@ class Training:
         return [group for o in self.optimizers for group in o.param_groups]
 
     def progress(self) -> float:
-        """Return the part of the training that is done, by steps or minutes, the further one."""
-        s = self.settings
-        by_time = self.seconds / 60 / s.max_minutes if s.max_minutes else 0.0
-        return min(max(self.step / s.max_iters, by_time), 1.0)
+        return progress(self.settings, self.step, self.seconds)
 
     def train_step(self):
-        """Update the weights once.
+        """Update the weights once."""
+        self.update(*self.gradients())
+
+    def gradients(self) -> tuple[float, float]:
+        """Compute the gradient of a step; return its loss, here, and the seconds it took. Raise a
+        UserError if it is not finite; if it is, the weights have been proved to be.
 
         All randomness of a step comes from the seed, the step and the index of a part's first
         sequence. So a checkpoint holds no generator's state, and more processes change dropout only
@@ -634,9 +626,6 @@ class Training:
         """
         s = self.settings
         start = time.perf_counter()
-        factor = learning_rate_factor(s, self.progress())
-        for group, peak in zip(self.parameter_groups(), self.peaks, strict=True):
-            group["lr"] = peak * factor
         loss = 0.0
         for part in self.parts:
             first = self.step * self.sequences
@@ -651,15 +640,23 @@ class Training:
             loss += part_loss.item()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), s.grad_clip or math.inf).item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise UserError(
-                f"step {self.step + 1} has the loss {loss} and a gradient of norm {norm}; the "
-                "checkpoints stay as they were, try a lower --learning_rate"
+            raise Diverged(
+                f"step {self.step + 1} has the loss {loss} and a gradient of norm {norm}"
             )
+        return loss, time.perf_counter() - start
+
+    def update(self, loss: float, seconds: float):
+        """Take the step whose gradient has been computed."""
+        start = time.perf_counter()
+        factor = learning_rate_factor(self.settings, self.progress())
+        for group, peak in zip(self.parameter_groups(), self.peaks, strict=True):
+            group["lr"] = peak * factor
         for o in self.optimizers:
             o.step()
             o.zero_grad(set_to_none=True)
         self.step += 1
-        seconds = time.perf_counter() - start if self.processes.rank == 0 else 0.0
+        seconds += time.perf_counter() - start
+        seconds = seconds if self.processes.rank == 0 else 0.0
         loss, seconds = self.processes.sum(loss / self.processes.size, seconds)
         self.losses.append(loss)
         self.seconds += seconds
@@ -672,14 +669,17 @@ class Training:
 
     def evaluate(self):
         """Add a line to the log, with a sample, and save; show it on the screen, too."""
-        if self.processes.rank:
-            return
+        self.processes.broadcast(self.evaluate_and_write)
+
+    def evaluate_and_write(self):
         s = self.settings
         result = evaluate(self.model, self.corpus, "val", "carried", self.autocast)
-        before = self.log[-1] if self.log else {"step": 0, "seconds": 0.0}
+        if not math.isfinite(result["loss"]):
+            raise Diverged(f"the model of step {self.step} has the loss {result['loss']} on val")
+        before = self.log[-1] if self.log else ROW
         per_step = self.sequences * s.block_size
         speed = (self.step - before["step"]) * per_step
-        speed /= max(self.seconds - float(before["seconds"]), 1e-9)
+        speed /= max(self.seconds - before["seconds"], 1e-9)
         train_loss = float(np.mean(self.losses[before["step"] :]))
         print(
             f"step {self.step}: train loss {train_loss:.4f}, {report('val', result)}, "
@@ -687,6 +687,8 @@ class Training:
             flush=True,
         )
         row = {
+            "step": self.step,
+            "tokens": self.step * per_step,
             "seconds": self.seconds,
             "train_loss": train_loss,
             "val_loss": result["loss"],
@@ -694,13 +696,12 @@ class Training:
             "word_perplexity": result["word_perplexity"],
             "tokens_per_second": speed,
             "learning_rate": self.parameter_groups()[0]["lr"],
+            "sample": self.sample(),
         }
-        row = {name: f"{value:.6g}" for name, value in row.items()}
-        row = {"step": self.step, "tokens": self.step * per_step, **row, "sample": self.sample()}
         self.log.append(row)
         better = result["loss"] < self.best
         self.best = min(result["loss"], self.best)
-        self.save(better)
+        self.write_checkpoint(better)
         self.write_log()
 
     def sample(self) -> str:
@@ -719,80 +720,90 @@ class Training:
 
     # ------------------------------------------------------------------------------------- files
 
-    def claim_out_dir(self):
-        """Make out_dir ours; a new run moves what an earlier one left there to out_dir/previous."""
-        self.out.mkdir(parents=True, exist_ok=True)
-        try:
-            self.lock.acquire(timeout=0)
-        except filelock.Timeout:
-            raise UserError(
-                f"another run is at work in {self.out}; wait for its end, or choose another "
-                "--out_dir"
-            ) from None
-        if self.settings.resume:
-            self.write_log()  # that of a run that was killed may be ahead of its checkpoint
-            return
-        found = [name for name in FILES if (self.out / name).exists()]
-        if found:
-            previous = self.out / "previous"
-            shutil.rmtree(previous, ignore_errors=True)
-            previous.mkdir()
-            for name in found:
-                (self.out / name).rename(previous / name)
-            print(
-                f"the earlier run in {self.out} is now in {previous}; --resume would have "
-                "continued it"
-            )
+    def state(self) -> dict:
+        """Return all that a resumed run needs."""
+        return {
+            **{name: getattr(self, name) for name in COUNTERS},
+            "settings": {name: getattr(self.settings, name) for name in SAVED},
+            "text": self.text,
+            "processes": self.processes.size,
+            "model": self.model.state_dict(),
+            "optimizers": [o.state_dict()["state"] for o in self.optimizers],
+        }
 
+    @torch.no_grad()
     def load_state(self, state: dict):
         """Continue from last.pt, or raise a UserError that says why it does not fit."""
         path = self.out / "last.pt"
-        check_same(state["fixed"], self.fixed, path)
+        check_same(state["text"], self.text, path)
         check_tokenizer(self.out, load_tokenizer(self.out), self.corpus.folder, self.tokenizer)
-        try:
-            shapes = {name: tuple(value.shape) for name, value in state["model"].items()}
-            wanted = {name: tuple(value.shape) for name, value in self.model.state_dict().items()}
-            check_same(shapes, wanted, path)
-            self.model.load_state_dict(state["model"])
-            for o, values in zip(self.optimizers, state["optimizers"], strict=True):
-                o.load_state_dict(values)
-        except (AttributeError, KeyError, ValueError, TypeError, RuntimeError) as error:
-            raise UserError(f"{path} does not fit ({short(error)})") from None
+        self.make_moments()
+        own = {name: self.state()[name] for name in ("model", "optimizers")}
+        found = {name: state[name] for name in own}
+        with reading(f"{path} does not fit"):
+            check_like(found, own)
+        found = leaves(found)
+        for name, tensor in leaves(own).items():
+            tensor.copy_(found[name])
         for name in COUNTERS:
             setattr(self, name, state[name])
+        then = argparse.Namespace(**state["settings"])
+        before = progress(then, self.step, self.seconds)
+        rate = learning_rate_factor(then, before)
+        new_rate = learning_rate_factor(self.settings, self.progress())
+        if self.progress() < before and new_rate > rate:
+            self.processes.print0(
+                f"note: the run was {before:.0%} done, now it is {self.progress():.0%}, so its "
+                f"learning rates go back up, from {rate:.0%} to {new_rate:.0%} of their highest"
+            )
         if state["processes"] != self.processes.size:
             self.processes.print0(
                 f"note: {state['processes']} processes made {path}, now there are "
                 f"{self.processes.size}: sequences are the same, sums and dropout may differ"
             )
 
+    def make_moments(self):
+        """Let the optimizers make their state, by a step that changes nothing."""
+        for p in self.model.parameters():
+            p.grad = torch.zeros_like(p)
+        for group in self.parameter_groups():
+            group["lr"] = 0.0
+        for o in self.optimizers:
+            o.step()
+            o.zero_grad(set_to_none=True)
+
     def save(self, better: bool):
+        self.processes.broadcast(lambda: self.write_checkpoint(better))
+
+    def write_checkpoint(self, better: bool):
         """Write the checkpoint, after the model if it is a `better` one; old files stay until new
         ones are whole. A run that is killed in between does the same again.
         """
-        state = {name: getattr(self, name) for name in COUNTERS}
-        state["fixed"] = self.fixed
-        state["dtype"] = dtype_name(self.dtype)
-        state["processes"] = self.processes.size
-        state["model"] = self.model.state_dict()
-        state["optimizers"] = [o.state_dict() for o in self.optimizers]
+        state = self.state()
+        if not all(x.isfinite().all() for x in leaves(state).values() if torch.is_tensor(x)):
+            raise Diverged(f"the weights of step {self.step} are not finite")
         content = io.BytesIO()
         torch.save(state, content)
         with self.saving():
-            if better:
+            if not self.owns_files:
+                set_aside(self.out)
+                self.owns_files = True
+            if better or not (self.out / "model.safetensors").exists():
                 save_tokenizer(self.tokenizer, self.out)
                 self.model.save_pretrained(self.out)
-            write_whole(self.out / "last.pt", content.getbuffer())
+            write_whole(self.out / "last.pt", content.getvalue())
 
     def write_log(self):
         """Write log.csv, samples.txt and loss.png, of all evaluations."""
         if not self.log:
             return
         text = io.StringIO()
-        columns = [name for name in self.log[0] if name != "sample"]
+        columns = [name for name in ROW if name != "sample"]
         writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
-        writer.writerows(self.log)
+        for row in self.log:
+            short_row = {n: f"{x:.6g}" if type(x) is float else x for n, x in row.items()}
+            writer.writerow(short_row)
         samples = "".join(f"--- step {row['step']}\n{row['sample']}\n\n" for row in self.log)
         per_step = self.sequences * self.settings.block_size
         with self.saving():
@@ -803,16 +814,51 @@ class Training:
     @contextlib.contextmanager
     def saving(self):
         try:
+            self.out.mkdir(parents=True, exist_ok=True)  # it may have been deleted
             yield
         except OSError as error:
+            last = self.out / "last.pt"
+            kept = "is still there" if last.exists() else "is not there either"
             raise UserError(
-                f"step {self.step} can't be saved in {self.out} ({short(error)}); what was saved "
-                "before is still there: fix the cause and continue with --resume"
+                f"step {self.step} can't be saved in {self.out} ({short(error)}); {last}, saved "
+                f"before, {kept}: fix the cause and continue with --resume"
             ) from None
 
 
-def read_state(out: Path) -> dict:
-    """Read last.pt, or raise a UserError."""
+def progress(s, step: int, seconds: float) -> float:
+    """Return the part of the training that is done, by steps or minutes, the further one."""
+    by_time = seconds / 60 / s.max_minutes if s.max_minutes else 0.0
+    return min(max(step / s.max_iters, by_time), 1.0)
+
+
+def set_aside(out: Path):
+    """Move an earlier run's files to out/previous-1, -2, ...
+
+    They are there under both names before one is taken away, so whenever we are killed they are
+    whole in one place.
+    """
+    found = [name for name in FILES if (out / name).exists()]
+    if not found:
+        return
+    number = next(i for i in itertools.count(1) if not (out / f"previous-{i}").exists())
+    part = out / f"previous-{number}.part"
+    part.mkdir(exist_ok=True)
+    for name in found:
+        (part / name).unlink(missing_ok=True)  # of a run that was killed here
+        try:
+            os.link(out / name, part / name)
+        except OSError:  # some file systems have no second names
+            shutil.copy2(out / name, part / name)
+    part.rename(out / f"previous-{number}")
+    for name in found:
+        (out / name).unlink()
+    print(
+        f"the earlier run in {out} is now in {out / f'previous-{number}'}; --resume would have "
+        "continued it"
+    )
+
+
+def last_checkpoint(out: Path) -> Path:
     path = out / "last.pt"
     if not path.exists():
         model = "a model and no " if (out / "model.safetensors").exists() else "no "
@@ -820,13 +866,49 @@ def read_state(out: Path) -> dict:
             f"there is nothing to resume: {out} has {model}last.pt, the file with weights and "
             "optimizer; start without --resume"
         )
-    try:
-        state = torch.load(path, weights_only=True, map_location="cpu")
-        if not STATE <= state.keys():
-            raise ValueError(f"without {', '.join(sorted(STATE - state.keys()))}")
+    return path
+
+
+def read_state(out: Path) -> dict:
+    """Read last.pt, or raise a UserError."""
+    path = last_checkpoint(out)
+    with reading(f"{path} can't be read"):
+        state = unpickle(path)
+        lacking = {*STATE, "model", "optimizers"} - state.keys()
+        if lacking:
+            raise ValueError(f"without {', '.join(sorted(lacking))}")
+        lists = {"losses": [0.0] * len(state["losses"]), "log": [ROW] * len(state["log"])}
+        check_like({name: state[name] for name in STATE}, {**STATE, **lists})
+        check_settings(argparse.Namespace(**{**SETTINGS, **state["settings"]}))
+        steps = [row["step"] for row in state["log"]]
+        if not 0 <= max(steps, default=0) <= state["step"] == len(state["losses"]):
+            raise ValueError(f"step {state['step']} with {len(state['losses'])} losses")
         return state
-    except READING_FAILS as error:
-        raise UserError(f"{path} can't be read ({short(error)})") from None
+
+
+def leaves(x, name: str = "") -> dict:
+    """Return what dicts and lists hold at their ends, by dotted names."""
+    if not isinstance(x, dict | list):
+        return {name: x}
+    found = {}
+    for key, part in x.items() if isinstance(x, dict) else enumerate(x):
+        found.update(leaves(part, f"{name}.{key}".lstrip(".")))
+    return found
+
+
+def check_like(found, wanted):
+    """Raise a ValueError unless both have the same names, types, and shapes of tensors."""
+    found = {name: describe(x) for name, x in leaves(found).items()}
+    wanted = {name: describe(x) for name, x in leaves(wanted).items()}
+    for name in sorted(found.keys() | wanted.keys()):
+        if found.get(name) != wanted.get(name):
+            raise ValueError(f"{name} is {found.get(name)}, not {wanted.get(name)}")
+
+
+def describe(x) -> str:
+    if torch.is_tensor(x):
+        return f"{tuple(x.shape)} {dtype_name(x.dtype)} {x.layout}"
+    return "NaN" if isinstance(x, float) and math.isnan(x) else type(x).__name__
 
 
 def check_same(found: dict, wanted: dict, path: Path):
@@ -876,9 +958,9 @@ def draw_curves(log: list[dict], losses: list[float], tokens_per_step: int) -> b
     steps = tokens_per_step * np.arange(1, len(losses) + 1)
     loss.plot(steps, losses, color="lightgray", linewidth=0.8, label="each step")
     for name in ("train_loss", "val_loss"):
-        loss.plot(tokens, [float(row[name]) for row in log], ".-", label=name)
-    speed.plot(tokens, [float(row["tokens_per_second"]) for row in log], ".-")
-    rate.plot(tokens, [float(row["learning_rate"]) for row in log], ".-")
+        loss.plot(tokens, [row[name] for row in log], ".-", label=name)
+    speed.plot(tokens, [row["tokens_per_second"] for row in log], ".-")
+    rate.plot(tokens, [row["learning_rate"] for row in log], ".-")
     loss.set_ylabel("loss (nats per token)")
     speed.set_ylabel("tokens per second")
     rate.set_ylabel("learning rate")
@@ -891,31 +973,12 @@ def draw_curves(log: list[dict], losses: list[float], tokens_per_step: int) -> b
     return content.getvalue()
 
 
-@contextlib.contextmanager
-def told_to_stop(leads: bool):
-    """Yield a list that Ctrl-C or SIGTERM makes non-empty; a second Ctrl-C stops at once."""
-    stop = []
-
-    def interrupt(number, _):
-        stop.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        if leads:
-            print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr)
-
-    old = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
-
-
 class ProgressBar:
     """A bar on a terminal; elsewhere, as in a log file, a line every half minute."""
 
     def __init__(self, leads: bool, progress: float):
         form = "{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
-        hidden = None if leads else True  # None: without a terminal
+        hidden = None if leads and sys.stderr else True  # None: without a terminal
         self.bar = tqdm(total=1.0, initial=progress, bar_format=form, leave=False, disable=hidden)
         self.lines = leads and self.bar.disable
         self.last_line = time.monotonic()
@@ -934,24 +997,27 @@ def train(t: Training):
     """Take steps, and from time to time evaluate and save."""
     s = t.settings
     leads = t.processes.rank == 0
-    if leads and t.step == 0:
-        t.save(better=True)  # from here on the run can be resumed
     bar = ProgressBar(leads, t.progress())
+    unsaved = False
+    stopped = False
     with told_to_stop(leads) as signals, bar.bar:
-        stopped = False
-        while t.progress() < 1 and not stopped:
+        while t.progress() < 1:
+            loss, seconds = t.gradients()
+            if unsaved:  # the loss is finite, so these weights are worth it
+                t.save(better=not t.log)
+                unsaved = False
+            if stopped:
+                break
             before = t.progress()
-            seconds = t.seconds
-            t.train_step()
-            bar.update(t, t.seconds - seconds)
+            t.update(loss, seconds)
+            bar.update(t, seconds)
             stopped = t.processes.sum(len(signals))[0] > 0
             if math.floor(before * s.evaluations) < math.floor(t.progress() * s.evaluations):
                 bar.bar.clear()
                 t.evaluate()
-            elif leads and (stopped or t.step % s.save_interval == 0):
-                t.save(better=not t.log)
-        # Also what came during the last evaluation; the others wait here until the first has saved.
-        stopped = t.processes.sum(len(signals))[0] > 0
+                stopped = t.processes.sum(len(signals))[0] > 0
+            else:  # as soon as a step has succeeded the run can be resumed
+                unsaved = stopped or t.step == 1 or t.step % s.save_interval == 0
     if stopped:
         t.processes.print0(f"stopped and saved at step {t.step}; --resume continues")
         sys.exit(128 + (signals or [signal.SIGINT])[0])
@@ -967,21 +1033,20 @@ def train_and_report(s, processes: Distributed):
     processes.print0(
         f"{parameters:,} parameters on {t.device}, {dtype_name(t.dtype)}, {threads}; {splits}"
     )
-    try:
-        train(t)
-        if processes.rank == 0:
-            model, _ = load_model(s.out_dir)
-            report_all(model.to(t.device), t.corpus, ["val"], s.contexts, t.autocast)
-    finally:
-        t.lock.release()
+    if s.resume and processes.rank == 0:
+        t.write_log()  # that of a run that was killed may be ahead of its checkpoint
+    train(t)
+    if processes.rank == 0:
+        model, _ = load_model(s.out_dir)
+        report_all(model.to(t.device), t.corpus, ["val"], s.contexts, t.autocast)
 
 
 def evaluate_only(s, processes: Distributed):
     """Print the results of out_dir's best model on all splits that were not trained on."""
     model, tokenizer = load_model(s.out_dir)
-    data = find_data(s)
-    check_tokenizer(Path(s.out_dir), tokenizer, data, load_tokenizer(data))
-    corpus = Corpus(data, tokenizer, s.block_size, s.seed)
+    with find_data(s) as data:
+        check_tokenizer(Path(s.out_dir), tokenizer, data, load_tokenizer(data))
+        corpus = Corpus(data, tokenizer, s.block_size, s.seed)
     autocast = make_autocast(processes.device, choose_dtype(s.dtype, processes.device))
     splits = ["val"]
     if "test" in corpus.counts and "test" not in (s.train_split, s.val_split):
@@ -989,23 +1054,32 @@ def evaluate_only(s, processes: Distributed):
     report_all(model.to(processes.device), corpus, splits, s.contexts, autocast)
 
 
-def main():
-    s = read_settings(sys.argv[1:])
-    keep_big_blocks()
-    if s.threads:
-        torch.set_num_threads(s.threads)
-    processes = Distributed(s.device)
+def main(arguments: list[str] | None = None):
+    processes = None
     try:
-        if not s.eval_only:
+        s = read_settings(sys.argv[1:] if arguments is None else arguments)
+        keep_big_blocks()
+        if s.threads:
+            torch.set_num_threads(s.threads)
+        processes = Distributed(s.device)
+        everywhere = {n: x for n, x in vars(s).items() if n not in ("device", "threads")}
+        processes.check_same(everywhere)
+        with contextlib.ExitStack() as stack:
+            if s.eval_only:
+                processes.broadcast(lambda: evaluate_only(s, processes))
+                return
+            if s.resume:
+                last_checkpoint(Path(s.out_dir))  # is there, or no folder is made
+            busy = f"another run is at work in {s.out_dir}: wait, or choose another --out_dir"
+            processes.broadcast(lambda: stack.enter_context(locked(Path(s.out_dir), busy)))
             train_and_report(s, processes)
-        elif processes.rank == 0:
-            evaluate_only(s, processes)
     except UserError:
-        if processes.rank:
+        if os.environ.get("LOCAL_RANK", "0") != "0":
             sys.exit(2)  # one sentence is enough
         raise
     finally:
-        processes.leave()
+        if processes is not None:
+            processes.leave()
 
 
 if __name__ == "__main__":

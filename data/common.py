@@ -3,10 +3,15 @@
 import argparse
 import contextlib
 import ctypes
+import difflib
 import os
+import re
 import sys
 import urllib.error
+import uuid
 from pathlib import Path
+
+import filelock
 
 
 class UserError(Exception):
@@ -23,9 +28,20 @@ def short(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {reason}".split())[:160]
 
 
+@contextlib.contextmanager
+def reading(problem: str):
+    """Turn whatever a reader raises about a damaged file into one sentence, the `problem` and why."""
+    try:
+        yield
+    except (UserError, FileNotFoundError, MemoryError):
+        raise
+    except Exception as error:
+        raise UserError(f"{problem} ({short(error)})") from error
+
+
 def write_whole(path: Path, content):
     """Write a file under another name, then rename it: it is never seen half-written."""
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
     try:
         with part.open("wb") as file:
             file.write(content)
@@ -34,6 +50,30 @@ def write_whole(path: Path, content):
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(folder: Path, busy: str, wait: bool = False):
+    """Keep a folder for this process; if another has it, say so, and wait for its end or raise.
+
+    The system frees the lock when a process dies. Of one that was killed this removes the parts of
+    files that it was writing.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        if not wait:
+            raise UserError(busy) from None
+        print(busy, flush=True)
+        lock.acquire()
+    try:
+        for part in folder.glob(f"*.{'[0-9a-f]' * 32}.part"):
+            part.unlink(missing_ok=True)
+        yield
+    finally:
+        lock.release()
 
 
 class Parser(argparse.ArgumentParser):
@@ -46,6 +86,12 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
         )
 
+    def parse_known_args(self, args=None, namespace=None):
+        try:
+            return super().parse_known_args(args, namespace)
+        except ValueError:  # older argparses stumble over --flag=--
+            self.error("-- can't be the value of a flag")
+
     def error(self, message: str):
         raise UserError(f"{message}; --help lists all flags")
 
@@ -53,28 +99,63 @@ class Parser(argparse.ArgumentParser):
 def run(main):
     """Call a script's main(); a mistake of the user's ends it with one sentence and exit code 2."""
     script = Path(sys.argv[0]).name
-    for stream in (sys.stdout, sys.stderr):  # a character that a terminal lacks must not end it
-        if stream is not None:
-            stream.reconfigure(errors="replace")
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the shell, as in `python train.py >&-`
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        # A character that a terminal lacks must not end the script; a notebook's streams know all.
+        getattr(getattr(sys, name), "reconfigure", lambda **_: None)(errors="replace")
     try:
         main()
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of our output left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except (RuntimeError, MemoryError) as error:
-        if "memory" not in str(error) and not isinstance(error, MemoryError):
-            raise
-        sizes = "try a smaller batch, context or model"
-        print(f"{script}: out of memory ({short(error)}); {sizes}", file=sys.stderr)
-        sys.exit(2)
-    except (UserError, OSError) as error:
-        text = str(error) if isinstance(error, UserError) else short(error)
-        print(f"{script}: {text}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
         print(f"\n{script}: stopped", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        text = one_sentence(error)
+        if text is None:
+            raise
+        print(f"{script}: {text}", file=sys.stderr)
+        sys.exit(2)
+
+
+def one_sentence(error: Exception) -> str | None:
+    """Say what the user can mend; None for an error that is not the user's but ours."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError):
+        return short(error)
+    if isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and "memory" in str(error)
+    ):
+        return f"out of memory ({short(error)}); try a smaller batch, context or model"
+    return None
+
+
+def read_flags(arguments, about: str, file: Path, settings: dict, also_called: dict) -> dict:
+    """Return the values of the settings that a command line names.
+
+    A setting's comment in the file is its help; also_called has other people's names of settings.
+    """
+    comments = dict(re.findall(r"(?m)^(\w+) = .*?  # (.*)$", file.read_text("utf-8")))
+    parser = Parser(about)
+    for name, default in settings.items():
+        text = f"{comments.get(name, '')} (default: {default!r})".replace("%", "%%")
+        options = {"type": flag_reader(default), "help": text, "metavar": "X"}
+        if isinstance(default, bool):
+            options.update(nargs="?", const=True)
+        parser.add_argument(f"--{name}", default=argparse.SUPPRESS, **options)
+    given, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        name = unknown[0].split("=")[0]
+        plain = name.lstrip("-").replace("-", "_")
+        near = [also_called[plain]] if plain in also_called else []
+        near += difflib.get_close_matches(plain, settings, 1, 0.5)
+        hint = f"did you mean --{near[0]}?" if near else "--help lists all settings"
+        raise UserError(f"there is no setting {name}; {hint}")
+    return vars(given)
 
 
 def flag_reader(default):

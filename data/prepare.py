@@ -5,6 +5,9 @@
     python data/prepare.py pydocs                # English that ships with Python, no network
     python data/prepare.py my_text.txt           # a text file, or a folder or zip of them
 
+Files or folders called train, valid (or val) and test are these splits; a missing one is cut from
+the training text. Names that begin with a dot are passed over.
+
 It writes data/<name>/{train,val,test}.bin (token ids, the smallest unsigned integers that hold the
 vocabulary), the tokenizer (tokenizer.tiktoken, tokenizer_meta.json) and, last, meta.json: how the
 data were made, and the documents, bytes, words and tokens of each split.
@@ -12,6 +15,8 @@ data were made, and the documents, bytes, words and tokens of each split.
 
 import ast
 import base64
+import contextlib
+import difflib
 import hashlib
 import http.client
 import json
@@ -22,10 +27,10 @@ import sys
 import sysconfig
 import time
 import urllib.request
+import uuid
 import zipfile
-import zlib
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import rustbpe
@@ -36,7 +41,16 @@ DATA = Path(__file__).resolve().parent
 if not __package__:  # run as a script, Python looks for modules in data/ alone
     sys.path.insert(0, str(DATA.parent))
 
-from data.common import DownloadError, Parser, UserError, run, short, write_whole
+from data.common import (
+    DownloadError,
+    Parser,
+    UserError,
+    locked,
+    reading,
+    run,
+    short,
+    write_whole,
+)
 
 WIKITEXT = {  # addresses in the order to try, size in bytes and sha256 if known, lines of a split
     "wikitext-2": {
@@ -55,6 +69,9 @@ WIKITEXT = {  # addresses in the order to try, size in bytes and sha256 if known
 }
 SPLITS = {"train": "train", "val": "valid|val|validation", "test": "test"}
 ENDINGS = {".txt", ".md", ".rst", ".raw", ".tokens", ".text"}  # of text files
+ARCHIVES = {".gz", ".tgz", ".tar", ".bz2", ".xz", ".zst", ".7z", ".rar"}
+LARGEST_TEXT = 4 << 30  # bytes: a text is read whole
+LARGEST_VOCABULARY = 1 << 20  # tokens
 TAKEN = ("small", "lecture")  # folders in data/ that are no datasets
 TOKENIZERS = ("bpe", "bytes", "gpt2")
 # GPT-2's way to cut text into words, written without look-ahead, which rustbpe does not know.
@@ -140,14 +157,34 @@ class RobertaTokenizer:
         """The text without special tokens."""
         return b"".join(self.bytes.get(i, b"") for i in ids)
 
+    def decode(self, ids: list[int]) -> str:
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
-def load_roberta(vocab: Path, merges: Path) -> RobertaTokenizer:
-    try:
-        lines = merges.read_text("utf-8").splitlines()
+
+def load_roberta(vocab: str | Path, merges: str | Path) -> RobertaTokenizer:
+    with reading(f"the tokenizer in {Path(vocab).parent} is damaged"):
+        lines = read_lines(Path(merges))
         pairs = [line.split(" ") for line in lines if line and not line.startswith("#version")]
-        return RobertaTokenizer(json.loads(vocab.read_text("utf-8")), pairs)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"the tokenizer in {vocab.parent} is damaged ({short(error)})") from None
+        ids = json.loads(Path(vocab).read_bytes())
+        check_ranks(ids.values(), most=LARGEST_VOCABULARY)
+        return RobertaTokenizer(ids, pairs)
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a tokenizer's file; ValueError for more than a vocabulary can have."""
+    content = path.read_bytes()
+    if content.count(b"\n") > LARGEST_VOCABULARY:
+        raise ValueError(f"{path.name} has more than {LARGEST_VOCABULARY:,} lines")
+    return content.decode("utf-8").splitlines()
+
+
+def check_ranks(ranks, most: int):
+    """Raise a ValueError unless all ranks are integers from 0 to most - 1, each there once."""
+    seen = set()
+    for rank in ranks:
+        if type(rank) is not int or not 0 <= rank < most or rank in seen:
+            raise ValueError(f"the rank {rank} stands there twice, or is not from 0 to {most - 1}")
+        seen.add(rank)
 
 
 def new_tokenizer(kind: str, vocab_size: int, documents: list[str]) -> Tokenizer:
@@ -164,8 +201,9 @@ def new_tokenizer(kind: str, vocab_size: int, documents: list[str]) -> Tokenizer
                 "use --tokenizer bpe or bytes, which need no network"
             ) from None
         return Tokenizer(gpt2._mergeable_ranks, gpt2._pat_str, gpt2.eot_token)
-    if not 257 <= vocab_size <= 1 << 20:
-        raise UserError(f"vocab_size must be from 257 to {1 << 20} for bpe, got {vocab_size}")
+    if not 257 <= vocab_size <= LARGEST_VOCABULARY:
+        most = LARGEST_VOCABULARY
+        raise UserError(f"vocab_size must be from 257 to {most} for bpe, got {vocab_size}")
     bpe = rustbpe.Tokenizer()
     bpe.train_from_iterator(iter(documents), vocab_size - 1, pattern=WORD_PATTERN)
     ranks = {bytes(token): rank for token, rank in bpe.get_mergeable_ranks()}
@@ -183,18 +221,21 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path):
     write_whole(folder / "tokenizer_meta.json", json.dumps(meta, indent=2).encode())
 
 
-def load_tokenizer(folder: Path) -> Tokenizer:
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    folder = Path(folder)
     try:
-        meta = json.loads((folder / "tokenizer_meta.json").read_bytes())
-        rows = [line.split() for line in (folder / "tokenizer.tiktoken").read_bytes().splitlines()]
-        ranks = {base64.b64decode(token): int(rank) for token, rank in rows}
-        if not 0 <= meta["end_of_text"] <= len(ranks):
-            raise ValueError(f"end_of_text is {meta['end_of_text']}")
-        return Tokenizer(ranks, meta["pattern"], meta["end_of_text"])
+        with reading(f"the tokenizer in {folder} is damaged"):
+            meta = json.loads((folder / "tokenizer_meta.json").read_bytes())
+            rows = [line.split() for line in read_lines(folder / "tokenizer.tiktoken")]
+            ranks = {base64.b64decode(token): int(rank) for token, rank in rows}
+            if not 0 <= meta["end_of_text"] <= len(ranks):
+                raise ValueError(f"end_of_text is {meta['end_of_text']}")
+            check_ranks((int(rank) for _, rank in rows), most=len(ranks))
+            if not {bytes([i]) for i in range(256)} <= ranks.keys():
+                raise ValueError("it lacks some of the 256 bytes")
+            return Tokenizer(ranks, meta["pattern"], meta["end_of_text"])
     except FileNotFoundError as error:
         raise UserError(f"{folder} has no tokenizer: {error.filename} is missing") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"the tokenizer in {folder} is damaged ({short(error)})") from None
 
 
 # ------------------------------------------------------------------------------- files and network
@@ -205,7 +246,7 @@ TIMEOUT = 20  # seconds without an answer before a download is given up
 
 def download(url: str, path: Path, size: int | None = None, sha256: str | None = None):
     """Fetch a zip into a file, checked; DownloadError, and nothing left, if it is not the one."""
-    new = path.with_name(f"{path.name}.{os.getpid()}.part")
+    new = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         copy_url(url, new)
@@ -237,59 +278,117 @@ def copy_url(url: str, path: Path):
 
 
 def decode(content: bytes, name: str) -> str:
+    """The text of a file, in which lines end as Python's do."""
     try:
-        return content.decode("utf-8")
+        text = content.decode("utf-8-sig")  # without the mark that Windows puts in front
     except UnicodeDecodeError as error:
         byte = content[error.start]
-        raise UserError(
-            f"{name} is not UTF-8: byte 0x{byte:02x} at offset {error.start}; convert it first"
-        ) from None
+        what = f"is not UTF-8: byte 0x{byte:02x} at offset {error.start}"
+        raise UserError(f"{name} {what}; {how_to_convert(name)}") from None
+    if "\0" in text:
+        raise UserError(f"{name} is no text: it has zero bytes; {how_to_convert(name)}")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def how_to_convert(name: str) -> str:
+    if Path(name).suffix.lower() in ARCHIVES:
+        return "unpack this archive first, and give the file or folder in it"
+    return "convert it first: save it as plain text in UTF-8"
+
+
+def is_text(name: str) -> bool:
+    """Whether a file in a folder or zip is one of its texts: hidden ones and a Mac's notes aren't."""
+    path = PurePosixPath(name)
+    hidden = any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
+    return path.suffix.lower() in ENDINGS and not hidden
 
 
 def text_paths(source: Path) -> list[Path]:
     """A file itself, or the text files under a folder."""
     if not source.is_dir():
         return [source]
-    return sorted(p for p in source.rglob("*") if p.suffix.lower() in ENDINGS and p.is_file())
+    found = [p for p in source.rglob("*") if is_text(p.relative_to(source).as_posix())]
+    return sorted(p for p in found if p.is_file())
+
+
+def check_exists(source: str):
+    if source and not is_url(source) and not Path(source).exists():
+        near = difflib.get_close_matches(source, [*WIKITEXT, "pydocs"], 1)
+        hint = f"did you mean {near[0]}?" if near else "give a text file, a zip or a folder"
+        raise UserError(f"{source} does not exist; {hint}")
+
+
+def is_url(source: str) -> bool:
+    return re.match(r"https?://", source) is not None
 
 
 def read_files(source: Path) -> dict[str, bytes]:
     """Name -> content of a text file, or of the text files in a folder or zip, in order."""
-    if not source.exists():
-        raise UserError(f"{source} does not exist; give a text file, a zip or a folder")
+    check_exists(str(source))
     if source.is_file() and (source.suffix == ".zip" or zipfile.is_zipfile(source)):
         return unzip(source)
     root = source if source.is_dir() else source.parent
-    files = {p.relative_to(root).as_posix(): p.read_bytes() for p in text_paths(source)}
-    if not files:
-        raise UserError(f"{source} has no text files ({', '.join(sorted(ENDINGS))})")
-    return files
+    paths = text_paths(source)
+    check_size(source, sum(p.stat().st_size for p in paths))
+    if not paths:
+        raise UserError(no_texts(source, [p.name for p in source.rglob("*") if p.is_file()]))
+    return {p.relative_to(root).as_posix(): p.read_bytes() for p in paths}
 
 
 def unzip(path: Path) -> dict[str, bytes]:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = [m for m in sorted(archive.namelist()) if Path(m).suffix.lower() in ENDINGS]
-            members = [m for m in members if "__MACOSX" not in m]  # a Mac's notes, not texts
-            return {member: archive.read(member) for member in members}
-    except (zipfile.BadZipFile, zlib.error, ValueError, RuntimeError) as error:
-        raise UserError(f"{path} is not a readable zip file ({short(error)})") from None
+    with reading(f"{path} is not a readable zip file"), zipfile.ZipFile(path) as archive:
+        members = [m for m in archive.infolist() if not m.is_dir()]
+        texts = sorted(m.filename for m in members if is_text(m.filename))
+        check_size(path, sum(m.file_size for m in members if m.filename in texts))
+        if not texts:
+            raise UserError(no_texts(path, [m.filename for m in members]))
+        return {name: archive.read(name) for name in texts}
+
+
+def check_size(source: Path, size: int):
+    if size > LARGEST_TEXT:
+        most = LARGEST_TEXT >> 30
+        raise UserError(
+            f"{source} holds {size / (1 << 30):.1f} GiB of text; at most {most} are read"
+        )
+
+
+def no_texts(source: Path, names: list[str]) -> str:
+    """Say what a folder or zip has in place of texts."""
+    endings = ", ".join(sorted(ENDINGS))
+    if not names:
+        return f"{source} has no text files ({endings})"
+    if "[Content_Types].xml" in names:
+        return f"{source} is an Office document; {how_to_convert(source.name)}"
+    return f"{source} has no text files ({endings}), only {names[0]}; {how_to_convert(names[0])}"
 
 
 # ------------------------------------------------------------------------------------- documents
 
 
-def split_files(files: dict[str, bytes]) -> dict[str, str]:
-    """Split -> text, from names such as wiki.train.tokens, train.txt or validation.txt."""
-    texts = {}
+def split_of(name: str) -> str | None:
+    """The split that a folder in the path names, or the file: wiki.train.tokens, validation.txt."""
+    *folders, file = name.lower().split("/")
     for split, words in SPLITS.items():
-        pattern = rf"(?:^|.*[._-])(?:{words})(?:[._-].*)?"
-        found = [n for n in files if re.fullmatch(pattern, n.rsplit("/", 1)[-1].lower())]
-        if len(found) > 1:
-            raise UserError(f"several files for the {split} split, keep one: {', '.join(found)}")
-        if found:
-            texts[split] = decode(files[found[0]], found[0])
-    return texts
+        if any(re.fullmatch(words, folder) for folder in folders):
+            return split
+    for split, words in SPLITS.items():
+        if re.fullmatch(rf"(?:^|.*[._-])(?:{words})(?:[._-].*)?", file):
+            return split
+    return None
+
+
+def split_files(files: dict[str, bytes]) -> dict[str, list[str]]:
+    """Split -> its texts: the files in a folder of its name, or the one file of its name."""
+    splits = {}
+    for split, words in SPLITS.items():
+        names = [name for name in files if split_of(name) == split]
+        single = [n for n in names if not set(n.lower().split("/")[:-1]) & set(words.split("|"))]
+        if single and len(names) > 1:
+            raise UserError(f"several files for the {split} split, keep one: {', '.join(names)}")
+        if names:
+            splits[split] = [decode(files[name], name) for name in names]
+    return splits
 
 
 def articles(text: str) -> list[str]:
@@ -297,31 +396,29 @@ def articles(text: str) -> list[str]:
     return [part for part in re.split(r"(?m)^(?= = [^=\n]+ = $)", text) if part]
 
 
-def wikitext(name: str, source: str | None) -> dict[str, list[str]]:
+def wikitext(name: str, source: str | None, folder: Path) -> dict[str, list[str]]:
     about = WIKITEXT[name]
-    texts = split_files(fetch(source, DATA / name) if source else fetch_wikitext(name))
+    texts = split_files(fetch(source, folder) if source else fetch_wikitext(name, folder))
     if not texts:
         raise UserError(
             f"{source or name} has no file named like wiki.train.raw or test.txt; "
             "for a text of your own give its path as the dataset"
         )
-    wrong = {
-        split: text.count("\n")
-        for split, text in texts.items()
-        if text.count("\n") != about["lines"][split]
-    }
+    lines = {split: sum(text.count("\n") for text in found) for split, found in texts.items()}
+    wrong = {split: n for split, n in lines.items() if n != about["lines"][split]}
     if wrong:
         found = ", ".join(f"{s} {n:,} (not {about['lines'][s]:,})" for s, n in wrong.items())
         if not source:
             raise UserError(f"{name}'s download has other lines than it should: {found}")
         print(f"note: {source} has other lines than {name}: {found}")
-    return {split: articles(text) for split, text in texts.items()}
+    return {split: [a for t in found for a in articles(t)] for split, found in texts.items()}
 
 
-def fetch_wikitext(name: str) -> dict[str, bytes]:
+def fetch_wikitext(name: str, folder: Path) -> dict[str, bytes]:
     """The files of the zip, from an earlier download or the first address that has it."""
-    about, errors = WIKITEXT[name], []
-    path = DATA / name / "raw.zip"
+    about = WIKITEXT[name]
+    errors = []
+    path = folder / "raw.zip"
     if not path.exists():
         for url in about["urls"]:
             try:
@@ -336,7 +433,7 @@ def fetch_wikitext(name: str) -> dict[str, bytes]:
 
 def fetch(source: str, folder: Path) -> dict[str, bytes]:
     """The files of a path, or of the zip at a URL, which passes through `folder`."""
-    if not re.match(r"https?://", source):
+    if not is_url(source):
         return read_files(Path(source))
     path = folder / "source.zip"
     download(source, path)
@@ -359,7 +456,7 @@ def pydocs() -> dict[str, list[str]]:
             text = docstrings(path.read_bytes())
             if text:
                 documents.append(f"{relative.as_posix()}\n\n{text}")
-    return split_documents(documents)
+    return hold_out(documents, [*HELD_OUT])
 
 
 def docstrings(source: bytes) -> str:
@@ -379,73 +476,124 @@ def docstrings(source: bytes) -> str:
     return "\n\n".join(found)
 
 
-def split_documents(documents: list[str]) -> dict[str, list[str]]:
-    """Every 20th document for validation, another for the test; few ones are cut by length."""
+HELD_OUT = {"val": 7, "test": 17}  # the remainders of the documents' numbers by 20
+
+
+def hold_out(documents: list[str], splits: list[str]) -> dict[str, list[str]]:
+    """Cut splits from the end of a text, 5% each; of 40 documents on, take every 20th for each."""
     documents = [document for document in documents if document.strip()]
     if len(documents) >= 40:
-        splits = {"train": [], "val": documents[7::20], "test": documents[17::20]}
-        splits["train"] = [d for i, d in enumerate(documents) if i % 20 not in (7, 17)]
-        return splits
+        cut = {split: documents[HELD_OUT[split] :: 20] for split in splits}
+        others = {HELD_OUT[split] for split in splits}
+        return {"train": [d for i, d in enumerate(documents) if i % 20 not in others], **cut}
     text = "\n".join(documents)
-    first, second = (border(text, len(text) * part // 100) for part in (90, 95))
-    parts = {"train": text[:first], "val": text[first:second], "test": text[second:]}
+    parts = {}
+    end = len(text)
+    for i, split in enumerate(reversed(splits), start=1):
+        start = border(text, len(text) * (100 - 5 * i) // 100, end)
+        parts[split] = text[start:end]
+        end = start
+    parts["train"] = text[:end]
     return {split: [part] for split, part in parts.items() if part.strip()}
 
 
-def border(text: str, near: int) -> int:
-    """The start of the next line, or `near` itself where the text's last line has begun."""
+def border(text: str, near: int, before: int) -> int:
+    """The start of the next line, or `near` itself where that is not `before` another border."""
     start = text.find("\n", near) + 1
-    return start if 0 < start < len(text) else near
+    return start if 0 < start < before else near
 
 
 def own_text(source: str, folder: Path) -> dict[str, list[str]]:
+    """The splits that files and folders name; a missing one is cut from the training text."""
     files = fetch(source, folder)
-    texts = split_files(files) if len(files) > 1 else {}
-    if {"train", "val"} <= texts.keys():
-        return {split: [text] for split, text in texts.items()}
-    return split_documents([decode(content, name) for name, content in files.items()])
+    splits = split_files(files) if len(files) > 1 else {}
+    if [*splits] == ["train"]:
+        splits = {}  # nothing is held out: one note of many may be called how-to-train
+    if not splits:
+        return hold_out([decode(content, name) for name, content in files.items()], [*HELD_OUT])
+    others = [name for name in files if split_of(name) is None]
+    said = f"note: {source} names the splits {', '.join(splits)}"
+    if "train" not in splits:
+        splits["train"] = [decode(files[name], name) for name in others]
+    elif others:
+        said += f"; {', '.join(others)}: not used"
+    missing = [split for split in HELD_OUT if split not in splits]
+    if missing:
+        said += f"; {' and '.join(missing)} cut from the training text"
+        splits.update(hold_out(splits["train"], missing))
+    print(said)
+    return splits
 
 
 # --------------------------------------------------------------------------------------- prepare
 
 
-def prepare(
+@contextlib.contextmanager
+def prepared(
     dataset: str,
     source: str | None = None,
     train_split: str = "train",
     val_split: str = "val",
     tokenizer: str = "bpe",
     vocab_size: int = 4096,
-) -> Path:
-    """Make data/<name>/ unless it is there already, made in the same way; return the folder."""
-    source = source or None
+    data_dir: str | Path | None = None,
+):
+    """Make data/<name>/ unless it is there already, made in the same way, and yield the folder.
+
+    Other processes wait until the block ends: one with other settings would make it anew.
+    """
+    dataset = os.path.expanduser(dataset)
+    source = os.path.expanduser(source or "") or None
     if dataset == "pydocs" and source:
         raise UserError(f"pydocs has no source; give {source} as the dataset")
     known = dataset in WIKITEXT or dataset == "pydocs"
     for split in (train_split, val_split):
         if split not in SPLITS:
             raise UserError(f"a split is {', '.join(SPLITS)}, not {split!r}")
+    path = source or ("" if known else dataset)
+    check_exists(path)
     name = dataset if known else re.sub(r"\W+", "_", Path(dataset).stem) or "text"
-    folder = DATA / (f"{name}_text" if name in TAKEN else name)
+    folder = Path(data_dir or DATA).expanduser() / (f"{name}_text" if name in TAKEN else name)
     made_by = {
         "dataset": dataset,
         "source": source,
-        "files": fingerprint(source or ("" if known else dataset)),
+        "files": fingerprint(path),
         "train_split": train_split,
         "val_split": val_split,
         "tokenizer": tokenizer,
         "vocab_size": vocab_size if tokenizer == "bpe" else None,
     }
-    if read_meta(folder).get("made_by") == made_by:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{folder} can't be made ({short(error)}); name another folder with --data_dir"
+        ) from None
+    busy = f"another process is preparing {folder}: waiting for it"
+    with locked(folder, busy, wait=True):
+        if read_meta(folder).get("made_by") != made_by:
+            make(folder, made_by)
+        yield folder
+
+
+def prepare(*args, **options) -> Path:
+    """Do as `prepared`, and return the folder."""
+    with prepared(*args, **options) as folder:
         return folder
+
+
+def make(folder: Path, made_by: dict):
+    """Write the files of a dataset; meta.json, which tells what they are, is there only with all."""
+    dataset, source = made_by["dataset"], made_by["source"]
     if dataset in WIKITEXT:
-        found = wikitext(dataset, source)
+        found = wikitext(dataset, source, folder)
     else:
         found = pydocs() if dataset == "pydocs" else own_text(source or dataset, folder)
     if not any(document.strip() for documents in found.values() for document in documents):
         raise UserError(f"{source or dataset} is empty")
     splits = {}
-    for split, wanted in (("train", train_split), ("val", val_split), ("test", "test")):
+    for split in SPLITS:
+        wanted = made_by.get(f"{split}_split", split)
         if wanted in found:
             splits[split] = found[wanted]
         elif split != "test":
@@ -457,9 +605,8 @@ def prepare(
         if not any(document.strip() for document in documents):
             raise UserError(f"the {split} split of {source or dataset} is empty")
 
-    codec = new_tokenizer(tokenizer, vocab_size, splits["train"])
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "meta.json").unlink(missing_ok=True)  # until all the rest is there
+    codec = new_tokenizer(made_by["tokenizer"], made_by["vocab_size"], splits["train"])
+    (folder / "meta.json").unlink(missing_ok=True)
     save_tokenizer(codec, folder)
     size = codec.size
     dtype = "uint8" if size <= 1 << 8 else "uint16" if size <= 1 << 16 else "uint32"
@@ -477,12 +624,11 @@ def prepare(
             "tokens": len(tokens),
         }
     write_whole(folder / "meta.json", json.dumps(meta, indent=2).encode())
-    return folder
 
 
 def fingerprint(source: str) -> list:
     """Names, sizes and times of local files, so that a changed text is noticed."""
-    if not source or "://" in source:
+    if not source or is_url(source):
         return []
     stats = [(str(p.resolve()), p.stat()) for p in text_paths(Path(source)) if p.exists()]
     return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
@@ -491,8 +637,8 @@ def fingerprint(source: str) -> list:
 def read_meta(folder: Path) -> dict:
     """The content of meta.json; empty if the folder is not complete."""
     try:
-        return json.loads((folder / "meta.json").read_bytes())
-    except (FileNotFoundError, ValueError):
+        return {**json.loads((folder / "meta.json").read_bytes())}
+    except (FileNotFoundError, ValueError, TypeError, RecursionError):
         return {}
 
 
@@ -504,6 +650,7 @@ def main():
     parser.add_argument("--val_split", default="val", choices=SPLITS)
     parser.add_argument("--tokenizer", default="bpe", choices=TOKENIZERS)
     parser.add_argument("--vocab_size", type=int, default=4096, help="of bpe (default: 4096)")
+    parser.add_argument("--data_dir", default="", help="where data go (default: data/ beside us)")
     start = time.time()
     folder = prepare(**vars(parser.parse_args()))
     for split, counts in read_meta(folder)["splits"].items():

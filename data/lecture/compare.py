@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 
 from data.common import UserError, keep_big_blocks, run
+from data.machine import bfloat16_is_faster
 from mega import EMA_MODES, DampedEMA, MegaConfig, MegaForCausalLM, MegaOutput, cross_entropy
-from train import bfloat16_is_faster
 
 # The model of the README's speed tables: 5.4M parameters.
 MODEL = {

@@ -102,14 +102,11 @@ def learn(s, make_model=train.new_model, after_step=lambda t: None) -> train.Tra
     """A training from its first to its last step, in a folder that is deleted in the end."""
     with tempfile.TemporaryDirectory() as s.out_dir, contextlib.redirect_stdout(sys.stderr):
         t = train.Training(s, train.Distributed(s.device), make_model)  # what it says is no result
-        try:
-            with tqdm(total=1.0, leave=False, disable=None) as bar:
-                while t.progress() < 1:
-                    t.train_step()
-                    after_step(t)
-                    bar.update(t.progress() - bar.n)
-        finally:
-            t.lock.release()
+        with tqdm(total=1.0, leave=False, disable=None) as bar:
+            while t.progress() < 1:
+                t.train_step()
+                after_step(t)
+                bar.update(t.progress() - bar.n)
     return t
 
 
