@@ -152,7 +152,8 @@ def note(text):
 
 def find_out() -> str:
     """What `python train.py` made or, before it has been run, the model that comes with it."""
-    if Path("out/config.json").exists():
+    out = Path("out")
+    if out.exists() and {p.name for p in out.iterdir()} - {"lock"}:  # a run just begun has that
         return "out"
     note(
         "there is no model in out/ yet: this is the small model in data/small; python train.py makes yours"
