@@ -119,15 +119,15 @@ class MegaConfig:
         """Raise a ValueError about the first invalid setting or pair of settings."""
         for names, rule, valid in (
             (COUNTS, "an integer from 1 on", is_count),
-            (COUNTS, f"at most {LARGEST}", lambda x: x <= LARGEST),
+            ("chunk_size", "an integer", lambda x: is_integer(x, -math.inf)),
+            (COUNTS + "chunk_size", f"at most {LARGEST}", lambda x: x <= LARGEST),
             ("num_labels type_vocab_size", "at most 65536", lambda x: x <= 65536),
             ("truncation", "None or an integer from 1 on", lambda x: x is None or is_count(x)),
             (TOKEN_IDS, "None or an integer from 0 on", lambda x: x is None or is_integer(x, 0)),
-            ("chunk_size", "an integer", lambda x: is_integer(x, -math.inf)),
             (FLAGS, "True or False", lambda x: isinstance(x, bool)),
             (PROBABILITIES, "from 0 to below 1", lambda x: is_number(x, below=1)),
             ("classifier_dropout", "None or from 0 to below 1", is_optional_probability),
-            (SPREADS, "from 0 to below infinity", lambda x: is_number(x, below=math.inf)),
+            (SPREADS, "from 0 to below a million", lambda x: is_number(x, below=1e6)),
             ("id2label", "None or a dict of numbers and names", is_optional_names),
             ("extra", "a dict", lambda x: isinstance(x, dict)),
             ("normalization_type", *one_of(NORMS)),
@@ -1067,12 +1067,11 @@ class MovingAverageGatedAttention(nn.Module):
 
     def step_constants(self, cache: LayerCache | None, length: int) -> StepConstants:
         """Return the cache's constants, or new ones where it has none or they are too few."""
-        size = self.config.attention_limit
-        if size is None:
+        limit = self.config.attention_limit
+        if limit is None:
             self.config.check_length("length", length)
-            size = (
-                1 << (length - 1).bit_length()
-            )  # a power of two, so that few steps need a new one
+        size = 1 << (length - 1).bit_length()  # a power of 2, so that few steps need a new one
+        size = size if limit is None else min(size, limit)
         if cache is not None and cache.constants is not None and not torch.is_grad_enabled():
             coefficients, bias = cache.constants
             if len(bias) < 2 * size - 1:

@@ -180,6 +180,7 @@ BAD_CONFIGS = [
     {"id2label": {"no": 0, "yes": 1}}, {"id2label": {None: "no", 1: "yes"}},
     {"id2label": {"²": "no", "1": "yes"}}, {"num_labels": 10**9}, {"type_vocab_size": 10**9},
     {"num_hidden_layers": 10**9}, {"hidden_size": 10**18}, {"vocab_size": 1 << 62},
+    {"chunk_size": 10**30}, {"ema_beta_range": 10**30}, {"initializer_range": 1e39},
 ]  # fmt: skip
 
 
@@ -882,6 +883,8 @@ WRONG_FILES = [  # of out/: new content, or None, or a function of the old one
     ("sample", "tokenizer_meta.json", None, "has no tokenizer"),
     ("sample", "tokenizer_meta.json", b"[1]", "damaged"),
     ("sample", "tokenizer_meta.json", changed(pattern="("), "damaged"),
+    ("sample", "tokenizer_meta.json", changed(pattern=""), "damaged"),
+    ("sample", "tokenizer_meta.json", changed(pattern="[a-z]+"), "damaged"),
     ("sample", "tokenizer_meta.json", changed(end_of_text="x"), "damaged"),
     ("sample", "tokenizer_meta.json", changed(end_of_text=7), "they do not belong together"),
     ("train --resume", "last.pt", b"nothing", "last.pt can't be read"),

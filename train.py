@@ -15,11 +15,9 @@ import argparse
 import contextlib
 import csv
 import io
-import itertools
 import math
 import os
 import re
-import shutil
 import signal
 import sys
 import time
@@ -41,6 +39,7 @@ from data.common import (
     read_flags,
     reading,
     run,
+    set_aside,
     short,
     write_whole,
 )
@@ -786,7 +785,7 @@ class Training:
         torch.save(state, content)
         with self.saving():
             if not self.owns_files:
-                set_aside(self.out)
+                set_aside(self.out, FILES)
                 self.owns_files = True
             if better or not (self.out / "model.safetensors").exists():
                 save_tokenizer(self.tokenizer, self.out)
@@ -829,33 +828,6 @@ def progress(s, step: int, seconds: float) -> float:
     """Return the part of the training that is done, by steps or minutes, the further one."""
     by_time = seconds / 60 / s.max_minutes if s.max_minutes else 0.0
     return min(max(step / s.max_iters, by_time), 1.0)
-
-
-def set_aside(out: Path):
-    """Move an earlier run's files to out/previous-1, -2, ...
-
-    They are there under both names before one is taken away, so whenever we are killed they are
-    whole in one place.
-    """
-    found = [name for name in FILES if (out / name).exists()]
-    if not found:
-        return
-    number = next(i for i in itertools.count(1) if not (out / f"previous-{i}").exists())
-    part = out / f"previous-{number}.part"
-    part.mkdir(exist_ok=True)
-    for name in found:
-        (part / name).unlink(missing_ok=True)  # of a run that was killed here
-        try:
-            os.link(out / name, part / name)
-        except OSError:  # some file systems have no second names
-            shutil.copy2(out / name, part / name)
-    part.rename(out / f"previous-{number}")
-    for name in found:
-        (out / name).unlink()
-    print(
-        f"the earlier run in {out} is now in {out / f'previous-{number}'}; --resume would have "
-        "continued it"
-    )
 
 
 def last_checkpoint(out: Path) -> Path:
@@ -907,7 +879,8 @@ def check_like(found, wanted):
 
 def describe(x) -> str:
     if torch.is_tensor(x):
-        return f"{tuple(x.shape)} {dtype_name(x.dtype)} {x.layout}"
+        empty = "without data" if x.is_meta else ""
+        return f"{tuple(x.shape)} {dtype_name(x.dtype)} {x.layout} {empty}".strip()
     return "NaN" if isinstance(x, float) and math.isnan(x) else type(x).__name__
 
 

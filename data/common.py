@@ -4,8 +4,10 @@ import argparse
 import contextlib
 import ctypes
 import difflib
+import itertools
 import os
 import re
+import shutil
 import sys
 import urllib.error
 import uuid
@@ -74,6 +76,33 @@ def locked(folder: Path, busy: str, wait: bool = False):
         yield
     finally:
         lock.release()
+
+
+def set_aside(folder: Path, names: tuple):
+    """Move those files of an earlier run that are there to folder/previous-1, -2, ...
+
+    They have both names before one is taken away, so whenever we are killed they are whole in one
+    place.
+    """
+    found = [name for name in names if (folder / name).exists()]
+    if not found:
+        return
+    number = next(i for i in itertools.count(1) if not (folder / f"previous-{i}").exists())
+    part = folder / f"previous-{number}.part"
+    part.mkdir(exist_ok=True)
+    for name in found:
+        (part / name).unlink(missing_ok=True)  # of a run that was killed here
+        try:
+            os.link(folder / name, part / name)
+        except OSError:  # some file systems have no second names
+            shutil.copy2(folder / name, part / name)
+    part.rename(folder / f"previous-{number}")
+    for name in found:
+        (folder / name).unlink()
+    print(
+        f"the earlier run in {folder} is now in {folder / f'previous-{number}'}; --resume would "
+        "have continued it"
+    )
 
 
 class Parser(argparse.ArgumentParser):

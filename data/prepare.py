@@ -221,6 +221,17 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path):
     write_whole(folder / "tokenizer_meta.json", json.dumps(meta, indent=2).encode())
 
 
+def check_pattern(tokenizer: Tokenizer):
+    """Raise a ValueError if a tokenizer's pattern does not cut a text into parts."""
+    text = " A cat: 猫 42\n\n"
+    try:
+        found = tokenizer.decode(tokenizer.encode(text))
+    except BaseException as error:  # noqa: BLE001  a panic of tiktoken's Rust is no Exception
+        raise ValueError(f"its pattern fails: {error}") from None
+    if found != text:
+        raise ValueError(f"its pattern makes {found!r} of {text!r}")
+
+
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     folder = Path(folder)
     try:
@@ -233,7 +244,9 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
             check_ranks((int(rank) for _, rank in rows), most=len(ranks))
             if not {bytes([i]) for i in range(256)} <= ranks.keys():
                 raise ValueError("it lacks some of the 256 bytes")
-            return Tokenizer(ranks, meta["pattern"], meta["end_of_text"])
+            tokenizer = Tokenizer(ranks, meta["pattern"], meta["end_of_text"])
+            check_pattern(tokenizer)
+            return tokenizer
     except FileNotFoundError as error:
         raise UserError(f"{folder} has no tokenizer: {error.filename} is missing") from None
 
