@@ -167,7 +167,8 @@ def read_settings(arguments: list[str]) -> argparse.Namespace:
     for name in {"out_dir", "dataset", "data_dir", "source"} & given.keys():
         given[name] = os.path.expanduser(given[name])
     s = argparse.Namespace(**{**SETTINGS, **given})
-    check_settings(s)
+    if wrong_setting(s):
+        raise UserError(wrong_setting(s))
     last = Path(s.out_dir) / "last.pt"
     if (s.resume or s.eval_only) and last.exists():
         saved = read_state(last.parent)["settings"]
@@ -178,12 +179,13 @@ def read_settings(arguments: list[str]) -> argparse.Namespace:
     return s
 
 
-def check_settings(s):
-    """Raise a UserError that names the first setting out of range."""
+def wrong_setting(s) -> str | None:
+    """Return a sentence about the first setting out of range."""
     for names, rule, valid in RULES:
         for name in names.split():
             if not valid(getattr(s, name)):
-                raise UserError(f"--{name} must be {rule}, got {getattr(s, name)!r}")
+                return f"--{name} must be {rule}, got {getattr(s, name)!r}"
+    return None
 
 
 def check_memory(s, vocab_size: int):
@@ -851,7 +853,9 @@ def read_state(out: Path) -> dict:
             raise ValueError(f"without {', '.join(sorted(lacking))}")
         lists = {"losses": [0.0] * len(state["losses"]), "log": [ROW] * len(state["log"])}
         check_like({name: state[name] for name in STATE}, {**STATE, **lists})
-        check_settings(argparse.Namespace(**{**SETTINGS, **state["settings"]}))
+        wrong = wrong_setting(argparse.Namespace(**{**SETTINGS, **state["settings"]}))
+        if wrong:
+            raise ValueError(wrong)
         steps = [row["step"] for row in state["log"]]
         if not 0 <= max(steps, default=0) <= state["step"] == len(state["losses"]):
             raise ValueError(f"step {state['step']} with {len(state['losses'])} losses")

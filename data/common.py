@@ -116,10 +116,10 @@ class Parser(argparse.ArgumentParser):
         )
 
     def parse_known_args(self, args=None, namespace=None):
-        try:
-            return super().parse_known_args(args, namespace)
-        except ValueError:  # older argparses stumble over --flag=--
+        found, unknown = super().parse_known_args(args, namespace)
+        if [] in vars(found).values():  # what older argparses make of --flag=--
             self.error("-- can't be the value of a flag")
+        return found, unknown
 
     def error(self, message: str):
         raise UserError(f"{message}; --help lists all flags")
