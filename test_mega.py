@@ -788,8 +788,8 @@ WRONG_FLAGS = {
         "--gradient_accumulation_steps=1000000000": "must be at most 65536, got 1000000000",
         "--max_iters=9999999999999999999999": "--max_iters must be at least 1",
         "--chunk_size=1000000000000": "chunk_size must be at most 16777216, got 1000000000000",
-        "--device=--": "--device=-- can't be used here|-- can't be the value of a flag",
-        "--out_dir=-- --resume": "there is nothing to resume: --|-- can't be the value of a flag",
+        "--device=--": "-- can't be the value of a flag, got --device=--",
+        "--out_dir=-- --resume": "-- can't be the value of a flag",
         "--dtype=fp8": "--dtype must be one of auto, float32, bfloat16, got 'fp8'",
         "--device=abacus": "--device=abacus can't be used here",
         "--device=": "--device= can't be used here",
@@ -831,7 +831,7 @@ WRONG_FLAGS = {
         "--task=translate": "invalid choice: 'translate'",
         "--task=fill-mask": "--task fill-mask needs a MegaForMaskedLM, this is a MegaForCausalLM",
         "--promt=x": "unrecognized arguments: --promt=x",
-        "--model=--": "there is no checkpoint in --|-- can't be the value of a flag",
+        "--model=--": "-- can't be the value of a flag",
     },
     "prepare": {
         "": "the following arguments are required: dataset",
@@ -4495,7 +4495,7 @@ class TestTrain:
         capsys.readouterr()
         assert call(main, *given, *flags) == 2
         error = capsys.readouterr().err
-        assert any(text in error for text in message.split("|")), error
+        assert message in error, error
         assert error.count("\n") == 1 and "Traceback" not in error, error
         assert {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()} == before
         assert not (tmp_path / "nowhere").exists()
@@ -5575,7 +5575,8 @@ class TestLecture:
     @slow
     @posix
     def test_every_python_block_of_the_readme_runs(self, cloned):
-        cloned("python -", "\n".join(blocks("python")))
+        for block in blocks("python"):
+            cloned("python -", block)  # each on its own
 
     @slow
     @posix

@@ -116,10 +116,11 @@ class Parser(argparse.ArgumentParser):
         )
 
     def parse_known_args(self, args=None, namespace=None):
-        found, unknown = super().parse_known_args(args, namespace)
-        if [] in vars(found).values():  # what older argparses make of --flag=--
-            self.error("-- can't be the value of a flag")
-        return found, unknown
+        args = sys.argv[1:] if args is None else args
+        for arg in args:
+            if re.fullmatch(r"--\w+=--", arg):  # some versions of argparse lose this value
+                self.error(f"-- can't be the value of a flag, got {arg}")
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str):
         raise UserError(f"{message}; --help lists all flags")
