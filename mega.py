@@ -296,9 +296,8 @@ def check_range(name: str, x: Tensor, most: int):
         return  # reading values would wait for the GPU, and can't be traced
     lowest, highest = x.aminmax()
     if lowest < 0 or highest > most:
-        raise ValueError(
-            f"{name} must be from 0 to {most}, got {lowest if lowest < 0 else highest}"
-        )
+        wrong = lowest if lowest < 0 else highest
+        raise ValueError(f"{name} must be from 0 to {most}, got {wrong}")
 
 
 # ----------------------------------------------------------------------------- 2 moving average
@@ -553,8 +552,9 @@ class DampedEMA(nn.Module):
         logit_std = config.ema_delta_alpha_range
         self.damping_factor = normal(E, N, 1, std=logit_std)  # logit of p, the paper's alpha
         self.decay_factor = normal(E, N, 1, std=logit_std)  # logit of the paper's delta
-        self.ema_expansion_matrix = normal(E, N, 1, std=config.ema_beta_range)  # beta, and
-        self.ema_expansion_matrix.data += (-1.0) ** torch.arange(N).view(N, 1)  # near 1, -1, ...
+        self.ema_expansion_matrix = normal(E, N, 1, std=config.ema_beta_range)  # beta
+        self.ema_expansion_matrix.data[:, ::2] += 1  # near 1, -1, 1, ...
+        self.ema_expansion_matrix.data[:, 1::2] -= 1
         self.kernel_projection_matrix = normal(E, N, std=config.ema_gamma_omega_range)  # gamma
         self.residual_weight = normal(D, std=config.ema_gamma_omega_range)  # omega
 
@@ -614,7 +614,12 @@ class DampedEMA(nn.Module):
 
 def normal(*shape: int, std: float) -> nn.Parameter:
     """Make a parameter from N(0, std^2)."""
-    return nn.Parameter(torch.randn(shape) * std)
+    return nn.Parameter(draw_normal(torch.empty(shape), std))
+
+
+def draw_normal(x: Tensor, std: float) -> Tensor:
+    """Fill x from N(0, std^2); without memory PyTorch takes a second to see that nothing is to do."""
+    return x if x.is_meta else x.normal_(std=std)
 
 
 # ---------------------------------------------------------------------------------- 3 attention
@@ -830,7 +835,7 @@ ACTIVATIONS = {
 def linear(config: MegaConfig, inputs: int, outputs: int) -> nn.Linear:
     """Make a linear layer with weights from N(0, initializer_range^2) and biases of 0."""
     layer = nn.Linear(inputs, outputs)
-    layer.weight.data.normal_(std=config.initializer_range)
+    draw_normal(layer.weight.data, config.initializer_range)
     layer.bias.data.zero_()
     return layer
 
@@ -1057,9 +1062,7 @@ class MovingAverageGatedAttention(nn.Module):
         """
         visible = None if mask is None else mask.unsqueeze(1)  # (B K, 1, C)
         count = queries.shape[1]
-        if (
-            self.config.is_decoder and count > 1
-        ):  # a single query is the last position, and sees all
+        if self.config.is_decoder and count > 1:  # a single query is the last one, and sees all
             causal = torch.ones(count, first + count, dtype=torch.bool, device=queries.device)
             causal = causal.tril(first)
             visible = causal if visible is None else visible & causal
@@ -1273,11 +1276,9 @@ class MegaModel(MegaBase):
     def __init__(self, config: MegaConfig, add_pooling_layer: bool = True):
         super().__init__(config)
         D = config.hidden_size
-        tables = {"word_embeddings": nn.Embedding(config.vocab_size, D, config.pad_token_id)}
+        tables = {"word_embeddings": embedding(config, config.vocab_size, config.pad_token_id)}
         if config.add_token_type_embeddings:
-            tables["token_type_embeddings"] = nn.Embedding(config.type_vocab_size, D)
-        for table in tables.values():
-            table.weight.data *= config.initializer_range  # PyTorch's are from N(0, 1), padding 0
+            tables["token_type_embeddings"] = embedding(config, config.type_vocab_size)
         self.embedding_layer = nn.ModuleDict(tables)
         self.layers = nn.ModuleList(MegaBlock(config) for _ in range(config.num_hidden_layers))
         self.final_norm = SequenceNorm(config, False) if config.final_norm else nn.Identity()
@@ -1406,6 +1407,13 @@ class MegaModel(MegaBase):
             check_shape("encoder_hidden_states", source, len(x), "S", x.shape[2])
             if mask is not None:
                 check_shape("encoder_attention_mask", mask, *source.shape[:2])
+
+
+def embedding(config: MegaConfig, size: int, padding: int | None = None) -> nn.Embedding:
+    weight = normal(size, config.hidden_size, std=config.initializer_range)
+    if padding is not None:
+        weight.data[padding] = 0
+    return nn.Embedding.from_pretrained(weight, freeze=False, padding_idx=padding)
 
 
 def visible_positions(x: Tensor, mask: Tensor | None, cache: MegaCache | None) -> Tensor | None:
@@ -1837,9 +1845,7 @@ def check_options(max_new_tokens, temperature, top_k, top_p):
 def end_tokens(eos_token_id) -> Tensor:
     """Return the tokens that end a sequence, (any number), of one id, several, or None."""
     ids = torch.as_tensor([] if eos_token_id is None else eos_token_id).flatten()
-    if len(ids) == 0:
-        return ids.long()
-    return check_ids("eos_token_id", ids, LARGEST, "ids")
+    return check_ids("eos_token_id", ids, LARGEST, "ids") if len(ids) > 0 else ids.long()
 
 
 @contextlib.contextmanager
@@ -1858,9 +1864,7 @@ def draw(logits: Tensor, temperature: float, top_k, top_p, generator) -> Tensor:
     """Draw one token (B,) for each row of logits (B, vocab_size)."""
     largest = logits.max(dim=-1, keepdim=True).values
     if not largest.isfinite().all():  # NaN, which is the largest, or nothing left to draw
-        raise ValueError(
-            f"no token can be drawn: the largest logits are {largest.flatten().tolist()}"
-        )
+        raise ValueError(f"no token can be drawn of logits up to {largest.flatten().tolist()}")
     if temperature == 0 or top_k == 1:
         return logits.argmax(dim=-1)
     logits = (logits - largest) / max(temperature, 1e-30)  # at most 0: no overflow
@@ -1967,8 +1971,9 @@ def read_checkpoint(source: str | Path, revision: str | None) -> tuple[dict, dic
         shards = read_json(path).get("weight_map")
         if not isinstance(shards, dict) or not all(isinstance(x, str) for x in shards.values()):
             raise ValueError(f"{path} can't be read (its weight_map must give each tensor's file)")
-        shards = set(shards.values())
-        paths = [find_file(source, Path(name).name, revision=revision) for name in sorted(shards)]
+        paths = [
+            find_file(source, Path(name).name, revision=revision) for name in set(shards.values())
+        ]
     weights = {}
     for shard in paths:
         weights.update(read_tensors(shard))
@@ -2008,21 +2013,19 @@ def unpickle(path: Path):
     return torch.load(path, "cpu", weights_only=True)
 
 
-def match(cls, config: MegaConfig, weights: dict[str, Tensor], ignore_mismatched_sizes: bool,
-          source: str) -> dict[str, Tensor]:  # fmt: skip
+def match(cls, config: MegaConfig, weights: dict, ignore: bool, source: str) -> dict[str, Tensor]:
     """Return the tensors of `read_checkpoint` by the names of a model; ValueError if one misfits.
 
-    What may be lacking (a head, a cross-attention, a pooler), and with ignore_mismatched_sizes all
-    that does not fit, is left out, and one warning names it.
+    What may be lacking (a head, a cross-attention, a pooler), and with `ignore` all that does not
+    fit, is left out, and one warning names it.
     """
-    skeleton = config
-    if not ignore_mismatched_sizes:  # one layer more than the file has shows that one is missing
-        layers = {n.split(".")[1] for n in weights if n.startswith("layers.")}
-        depth = min(config.num_hidden_layers, len(layers) + 1)
-        skeleton = replace(config, num_hidden_layers=depth)
+    depth = config.num_hidden_layers
+    if not ignore:  # one layer more than the file has shows that one is missing
+        layers = {name.split(".")[1] for name in weights if name.startswith("layers.")}
+        depth = min(depth, len(layers) + 1)
     with torch.device("meta"), warnings.catch_warnings():  # shapes alone, which take no memory
         warnings.simplefilter("ignore")
-        model = cls(skeleton)
+        model = cls(replace(config, num_hidden_layers=depth))
     weights = dict(weights)
     tie_as_in_file(model, weights)
     matching = {}
@@ -2032,11 +2035,11 @@ def match(cls, config: MegaConfig, weights: dict[str, Tensor], ignore_mismatched
         if found is None and not re.search(BACKBONE, name):
             fresh.append(name)
             continue
-        if ignore_mismatched_sizes and has_two_directions(name, found, tensor):
+        if ignore and has_two_directions(name, found, tensor):
             found = found[: len(tensor)]  # the first half reads from left to right
         if found is not None and found.shape == tensor.shape:
             matching[name] = found
-        elif ignore_mismatched_sizes:
+        elif ignore:
             fresh.append(name)
         else:
             raise ValueError(f"{source}: {describe_misfit(config, name, found, tensor)}")
