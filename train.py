@@ -786,13 +786,14 @@ class Training:
         content = io.BytesIO()
         torch.save(state, content)
         with self.saving():
-            if not self.owns_files:
-                set_aside(self.out, FILES)
-                self.owns_files = True
+            previous = None if self.owns_files else set_aside(self.out, FILES)
+            self.owns_files = True
             if better or not (self.out / "model.safetensors").exists():
                 save_tokenizer(self.tokenizer, self.out)
                 self.model.save_pretrained(self.out)
             write_whole(self.out / "last.pt", content.getvalue())
+        if previous:
+            print(f"the earlier run is now in {previous}; --resume would have continued it")
 
     def write_log(self):
         """Write log.csv, samples.txt and loss.png, of all evaluations."""
@@ -803,8 +804,7 @@ class Training:
         writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         for row in self.log:
-            short_row = {n: f"{x:.6g}" if type(x) is float else x for n, x in row.items()}
-            writer.writerow(short_row)
+            writer.writerow({n: f"{x:.6g}" if type(x) is float else x for n, x in row.items()})
         samples = "".join(f"--- step {row['step']}\n{row['sample']}\n\n" for row in self.log)
         per_step = self.sequences * self.settings.block_size
         with self.saving():
@@ -883,8 +883,7 @@ def check_like(found, wanted):
 
 def describe(x) -> str:
     if torch.is_tensor(x):
-        empty = "without data" if x.is_meta else ""
-        return f"{tuple(x.shape)} {dtype_name(x.dtype)} {x.layout} {empty}".strip()
+        return f"{tuple(x.shape)} {dtype_name(x.dtype)} {x.layout}{' without data' * x.is_meta}"
     return "NaN" if isinstance(x, float) and math.isnan(x) else type(x).__name__
 
 

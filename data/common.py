@@ -78,15 +78,15 @@ def locked(folder: Path, busy: str, wait: bool = False):
         lock.release()
 
 
-def set_aside(folder: Path, names: tuple):
-    """Move those files of an earlier run that are there to folder/previous-1, -2, ...
+def set_aside(folder: Path, names: tuple) -> Path | None:
+    """Move those files of an earlier run that are there to folder/previous-1, -2, ..., and return it.
 
     They have both names before one is taken away, so whenever we are killed they are whole in one
     place.
     """
     found = [name for name in names if (folder / name).exists()]
     if not found:
-        return
+        return None
     number = next(i for i in itertools.count(1) if not (folder / f"previous-{i}").exists())
     part = folder / f"previous-{number}.part"
     part.mkdir(exist_ok=True)
@@ -96,13 +96,10 @@ def set_aside(folder: Path, names: tuple):
             os.link(folder / name, part / name)
         except OSError:  # some file systems have no second names
             shutil.copy2(folder / name, part / name)
-    part.rename(folder / f"previous-{number}")
+    previous = part.rename(folder / f"previous-{number}")
     for name in found:
         (folder / name).unlink()
-    print(
-        f"the earlier run in {folder} is now in {folder / f'previous-{number}'}; --resume would "
-        "have continued it"
-    )
+    return previous
 
 
 class Parser(argparse.ArgumentParser):
