@@ -2907,7 +2907,7 @@ class TestGenerate:
         many = torch.zeros(2000, 10)
         for k in (1, 3, 10):
             drawn = set(mega.draw(many, 1.0, k, None, None).tolist())
-            assert len(drawn) == k
+            assert len(drawn) == k and (k > 1 or drawn == {0})  # as temperature 0 takes
         assert drawn == set(range(10))
         for p in (1e-46, 1e-9):  # a number that fp32 takes for 0, too
             logits = randn(0, 50, 10, dtype=torch.float32)
@@ -2964,8 +2964,7 @@ class TestGenerate:
         assert stopped.shape == (2, 7) and torch.stack(tokens, 1).equal(stopped[:, 4:])
         whole = model.generate(ids, 5, 0, stream=lambda t: 1)  # what write() returns stops nothing
         assert whole.shape == (2, 9)
-        model.zero_grad()
-        model.train()(torch.stack(tokens, 1), labels=torch.stack(tokens, 1)).loss.backward()
+        assert not any(t.is_inference() for t in [*tokens, stopped])  # they may be trained on
 
     @pytest.mark.parametrize("chunking", [{}, {"use_chunking": True, "chunk_size": 4}])
     def test_generation_sees_the_logits_of_the_whole_row(self, monkeypatch, chunking):

@@ -70,6 +70,7 @@ WIKITEXT = {  # addresses in the order to try, size in bytes and sha256 if known
 SPLITS = {"train": "train", "val": "valid|val|validation", "test": "test"}
 ENDINGS = {".txt", ".md", ".rst", ".raw", ".tokens", ".text"}  # of text files
 ARCHIVES = {".gz", ".tgz", ".tar", ".bz2", ".xz", ".zst", ".7z", ".rar"}
+VERSION = 2  # of how texts are read; what an older one prepared is made anew
 LARGEST_TEXT = 4 << 30  # bytes: a text is read whole
 LARGEST_VOCABULARY = 1 << 20  # tokens
 TAKEN = ("small", "lecture")  # folders in data/ that are no datasets
@@ -568,6 +569,7 @@ def prepared(
     name = dataset if known else re.sub(r"\W+", "_", Path(dataset).stem) or "text"
     folder = Path(data_dir or DATA).expanduser() / (f"{name}_text" if name in TAKEN else name)
     made_by = {
+        "version": VERSION,
         "dataset": dataset,
         "source": source,
         "files": fingerprint(path),
@@ -576,14 +578,13 @@ def prepared(
         "tokenizer": tokenizer,
         "vocab_size": vocab_size if tokenizer == "bpe" else None,
     }
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"{folder} can't be made ({short(error)}); name another folder with --data_dir"
-        ) from None
     busy = f"another process is preparing {folder}: waiting for it"
-    with locked(folder, busy, wait=True):
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(folder, busy, wait=True))
+        except OSError as error:  # of a checkout that is read only, say
+            hint = "name another folder with --data_dir"
+            raise UserError(f"{folder} can't be written ({short(error)}); {hint}") from None
         if read_meta(folder).get("made_by") != made_by:
             make(folder, made_by)
         yield folder
