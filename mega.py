@@ -118,15 +118,19 @@ class MegaConfig:
     def check(self):
         """Raise a ValueError about the first invalid setting or pair of settings."""
         for names, rule, valid in (
-            (COUNTS, "an integer from 1 on", is_count),
+            (COUNTS, "an integer from 1 on", lambda x: is_integer(x, 1)),
             ("chunk_size", "an integer", lambda x: is_integer(x, -math.inf)),
-            (COUNTS + "chunk_size", f"at most {LARGEST}", lambda x: x <= LARGEST),
+            (f"{COUNTS} chunk_size", f"at most {LARGEST}", lambda x: x <= LARGEST),
             ("num_labels type_vocab_size", "at most 65536", lambda x: x <= 65536),
-            ("truncation", "None or an integer from 1 on", lambda x: x is None or is_count(x)),
+            ("truncation", "None or an integer from 1 on", lambda x: x is None or is_integer(x, 1)),
             (TOKEN_IDS, "None or an integer from 0 on", lambda x: x is None or is_integer(x, 0)),
             (FLAGS, "True or False", lambda x: isinstance(x, bool)),
             (PROBABILITIES, "from 0 to below 1", lambda x: is_number(x, below=1)),
-            ("classifier_dropout", "None or from 0 to below 1", is_optional_probability),
+            (
+                "classifier_dropout",
+                "None or from 0 to below 1",
+                lambda x: x is None or is_number(x, 1),
+            ),
             (SPREADS, "from 0 to below a million", lambda x: is_number(x, below=1e6)),
             ("id2label", "None or a dict of numbers and names", is_optional_names),
             ("extra", "a dict", lambda x: isinstance(x, dict)),
@@ -238,16 +242,8 @@ def is_integer(x, least: float) -> bool:
     return isinstance(x, numbers.Integral) and not isinstance(x, bool) and x >= least
 
 
-def is_count(x) -> bool:
-    return is_integer(x, 1)
-
-
 def is_number(x, below: float) -> bool:
     return isinstance(x, int | float) and not isinstance(x, bool) and 0 <= x < below
-
-
-def is_optional_probability(x) -> bool:
-    return x is None or is_number(x, below=1)
 
 
 def is_optional_names(x) -> bool:
@@ -282,9 +278,7 @@ def check_integers(name: str, x: Tensor, *shape: int | str) -> Tensor:
 
 
 def check_ids(name: str, ids: Tensor, limit: int, *shape: int | str, ignored=None) -> Tensor:
-    """Return ids as int64; raise a ValueError unless they are integers of this shape from 0 to
-    limit - 1, or `ignored`.
-    """
+    """Return ids as int64; ValueError if not of this shape and from 0 to limit - 1, or `ignored`."""
     ids = check_integers(name, ids, *shape)
     check_range(name, ids if ignored is None else ids.masked_fill(ids == ignored, 0), limit - 1)
     return ids
@@ -294,10 +288,9 @@ def check_range(name: str, x: Tensor, most: int):
     """Raise a ValueError unless all of x is from 0 to `most`."""
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return  # reading values would wait for the GPU, and can't be traced
-    lowest, highest = x.aminmax()
-    if lowest < 0 or highest > most:
-        wrong = lowest if lowest < 0 else highest
-        raise ValueError(f"{name} must be from 0 to {most}, got {wrong}")
+    low, high = x.aminmax()
+    if not (low >= 0 and high <= most):  # NaN is neither
+        raise ValueError(f"{name} must be from 0 to {most}, got {high if low >= 0 else low}")
 
 
 # ----------------------------------------------------------------------------- 2 moving average
@@ -614,12 +607,10 @@ class DampedEMA(nn.Module):
 
 def normal(*shape: int, std: float) -> nn.Parameter:
     """Make a parameter from N(0, std^2)."""
-    return nn.Parameter(draw_normal(torch.empty(shape), std))
-
-
-def draw_normal(x: Tensor, std: float) -> Tensor:
-    """Fill x from N(0, std^2); without memory PyTorch takes a second to see that nothing is to do."""
-    return x if x.is_meta else x.normal_(std=std)
+    x = torch.empty(shape)
+    if not x.is_meta:  # where PyTorch would take a second to find nothing to do
+        x.normal_(std=std)
+    return nn.Parameter(x)
 
 
 # ---------------------------------------------------------------------------------- 3 attention
@@ -835,7 +826,7 @@ ACTIVATIONS = {
 def linear(config: MegaConfig, inputs: int, outputs: int) -> nn.Linear:
     """Make a linear layer with weights from N(0, initializer_range^2) and biases of 0."""
     layer = nn.Linear(inputs, outputs)
-    draw_normal(layer.weight.data, config.initializer_range)
+    layer.weight = normal(outputs, inputs, std=config.initializer_range)
     layer.bias.data.zero_()
     return layer
 
@@ -1479,8 +1470,7 @@ SLICE = 512  # positions whose logits exist at once then
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Average over labels (...) the cross-entropy of logits (..., classes), in nats and fp32."""
-    classes = logits.shape[-1]
-    labels = check_ids("labels", labels, classes, *logits.shape[:-1], ignored=-100)
+    labels = check_ids("labels", labels, logits.shape[-1], *logits.shape[:-1], ignored=-100)
     return F.cross_entropy(at_least_fp32(logits).flatten(0, -2), labels.flatten())
 
 
@@ -1577,6 +1567,8 @@ class MegaForMultipleChoice(MegaBase):
         for name, value in given.items():
             flat[name] = value
             if torch.is_tensor(value):
+                if choices not in (None, value.shape[1]):
+                    raise ValueError(f"{name} has {value.shape[1]} choices, others {choices}")
                 choices = value.shape[1]
                 flat[name] = value.flatten(0, 1)  # (B choices, L, ...)
         check_padding(flat["attention_mask"], self.config.attention_limit)
@@ -1614,8 +1606,8 @@ class MegaForQuestionAnswering(MegaBase):
 
 def position_loss(name: str, logits: Tensor, positions: Tensor) -> Tensor:
     """Average the cross-entropy of logits (B, L) over the positions (B) that are below L."""
-    batch, length = logits.shape
-    positions = check_integers(name, positions, batch).clamp(0, length)
+    length = logits.shape[1]
+    positions = check_integers(name, positions, len(logits)).clamp(0, length)
     return F.cross_entropy(at_least_fp32(logits), positions, ignore_index=length)
 
 
@@ -1759,9 +1751,8 @@ class MegaForCausalLM(LanguageModel):
         0) changes nothing. `cache` is that of the positions before input_ids. New tokens have the
         last token type; other inputs are MegaModel's.
 
-        `process(ids, logits)` returns the logits (B, vocab_size) to draw from, after ids (B, so far):
-        Hugging Face's logits processors fit. `stream` is called with each new token (B,), and ends
-        the call by returning True.
+        `process(ids, logits)`, such as a logits processor of Hugging Face's, returns the logits to
+        draw from. `stream` is called with each new token (B,), and ends the call by returning True.
         """
         check_options(max_new_tokens, temperature, top_k, top_p)
         ids = check_ids("input_ids", input_ids, self.config.vocab_size, "B", "L")
@@ -1782,7 +1773,8 @@ class MegaForCausalLM(LanguageModel):
                 logits = project(self.lm_head, self.features(out.last_hidden_state[:, -1]))
                 logits = at_least_fp32(logits)
                 if process is not None:
-                    logits = process(ids, logits)
+                    logits = process(ids.clone(), logits)
+                    check_shape("processed logits", logits, len(ids), self.config.vocab_size)
                 token = draw(logits, temperature, top_k, top_p, generator)
                 if len(ends) > 0:
                     filler = self.config.pad_token_id
@@ -1806,13 +1798,15 @@ class MegaForCausalLM(LanguageModel):
         longest = past + input_ids.shape[1] + max(new - 1, 0)  # the last token is not read
         if not config.use_chunking or config.add_cross_attention:
             config.check_length("prompt and new tokens but the last:", longest)
-        if mask is None or past > 0:
+        if mask is None:
             return
         visible = mask != 0
-        check_shape("attention_mask", visible, *input_ids.shape)
         ends_early = visible[:, :-1] & ~visible[:, 1:]  # a token followed by padding
-        if ends_early.any() or not visible[:, -1].all():
+        if not visible[:, -1].all() or (past == 0 and ends_early.any()):
             raise ValueError("generate needs the padding in front of each sequence's tokens")
+        if past > 0:
+            return  # the model checks the rest
+        check_shape("attention_mask", visible, *input_ids.shape)
         if config.add_cross_attention and not visible.all():
             raise ValueError(
                 "padding in front moves tokens against the encoder's positions; give sequences of "
@@ -1844,7 +1838,10 @@ def check_options(max_new_tokens, temperature, top_k, top_p):
 
 def end_tokens(eos_token_id) -> Tensor:
     """Return the tokens that end a sequence, (any number), of one id, several, or None."""
-    ids = torch.as_tensor([] if eos_token_id is None else eos_token_id).flatten()
+    try:
+        ids = torch.as_tensor([] if eos_token_id is None else eos_token_id).flatten()
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"eos_token_id must be integers, got {eos_token_id!r}") from None
     return check_ids("eos_token_id", ids, LARGEST, "ids") if len(ids) > 0 else ids.long()
 
 
@@ -1995,12 +1992,17 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         found = load_file(path) if path.suffix == ".safetensors" else unpickle(path)
         for name, x in found.items():
-            plain = torch.is_tensor(x) and x.layout == torch.strided and not x.is_quantized
-            if not isinstance(name, str) or not plain or x.is_complex() or x.is_meta:
+            if not isinstance(name, str) or not is_plain(x):
                 raise ValueError(f"{name} is no plain tensor of real numbers")
         return found
     except Exception as error:  # damaged files make the readers raise many kinds
         raise ValueError(f"{path} can't be read ({error})") from error
+
+
+def is_plain(x) -> bool:
+    """Say whether x is a tensor of real numbers, each of which is in memory."""
+    plain = torch.is_tensor(x) and x.layout == torch.strided and not (x.is_quantized or x.is_meta)
+    return plain and not x.is_complex() and x.untyped_storage().nbytes() >= x.numel() * x.itemsize
 
 
 def unpickle(path: Path):

@@ -139,6 +139,8 @@ def fill_masks(model: MegaForMaskedLM, codec: RobertaTokenizer, prompt: str, wri
 
 def read_prompt(prompt: str | None) -> str:
     """The flag's text; with "-", or without the flag at the end of a pipe, standard input."""
+    if prompt == "-" and sys.stdin is None:
+        raise UserError("--prompt - reads standard input, which is closed")
     if sys.stdin is not None and (prompt == "-" or (prompt is None and not sys.stdin.isatty())):
         text = decode(sys.stdin.buffer.read(), "standard input")
         return text.removesuffix("\n").removesuffix("\r")

@@ -811,7 +811,7 @@ WRONG_FLAGS = {
         "--resume --n_embd=24 --beta2=0.5": "n_embd was 16, not 24; beta2 was 0.98, not 0.5",
         "--resume --vocab_size=320": "vocab_size was 300, not 320",
         "--resume --train_split=test": "train_split was train, not test",
-        "--eval_only --vocab_size=320": "another tokenizer than",
+        "--eval_only --vocab_size=320": "vocab_size was 300, not 320",
     },
     "sample": {
         "--model nowhere": "there is no checkpoint in nowhere (nowhere has no config.json)",
@@ -2862,6 +2862,13 @@ class TestGenerate:
         assert shared_lm().generate(token_ids(0, 1, 3), 70).shape == (1, 73)  # beyond max_positions
 
     @torch.no_grad()
+    def test_generation_from_a_cache_needs_the_padding_in_front_too(self):
+        model, ids = causal_lm(), token_ids(0, 2, 6)
+        cache = model(ids[:, :4], use_cache=True).cache
+        for mask in ([[1, 0], [1, 1]], [[1] * 5 + [0], [1] * 6]):
+            with pytest.raises(ValueError, match="padding in front"):
+                model.generate(ids[:, 4:], 1, cache=cache, attention_mask=torch.tensor(mask))
+
     def test_generation_goes_on_from_a_cache(self):
         for chunking in ({}, {"use_chunking": True, "chunk_size": 4}):
             model, ids = shared_lm(**chunking), token_ids(0, 2, 9)
@@ -2942,8 +2949,9 @@ class TestGenerate:
         for same_one in ([ends[0]], torch.tensor(ends[0]), np.int64(ends[0])):
             assert one.equal(model.generate(ids, 12, temperature=0, eos_token_id=same_one))
         assert free.equal(model.generate(ids, 12, temperature=0, eos_token_id=[])[:, 4:])
-        with pytest.raises(ValueError, match="eos_token_id must be integers"):
-            model.generate(ids, 12, eos_token_id=[1.5])
+        for wrong in ([1.5], "a", {1, 2}, [1, None]):
+            with pytest.raises(ValueError, match="eos_token_id must be integers"):
+                model.generate(ids, 12, eos_token_id=wrong)
 
     def test_logits_can_be_processed_and_a_stream_can_stop(self, transformers):
         model, ids = causal_lm(), token_ids(0, 2, 4)
@@ -2959,6 +2967,9 @@ class TestGenerate:
         assert all(x.equal(banned[:, : x.shape[1]]) for x in seen)
         theirs = transformers.SuppressTokensLogitsProcessor([7, 8])
         assert model.generate(ids, 30, temperature=2.0, seed=1, process=theirs).equal(banned)
+        for wrong in (lambda i, x: None, lambda i, x: x[0], lambda i, x: x[:, 1:]):
+            with pytest.raises(ValueError, match="processed logits must be"):
+                model.generate(ids, 3, process=wrong)
         tokens = []
         stopped = model.generate(ids, 30, 0, stream=lambda t: tokens.append(t) or len(tokens) == 3)
         assert stopped.shape == (2, 7) and torch.stack(tokens, 1).equal(stopped[:, 4:])
@@ -3267,7 +3278,9 @@ class TestCheckpoints:
             MegaForCausalLM.from_pretrained(tmp_path)
         assert "meta" in devices and "cpu" not in devices and len(devices) < 500
 
-    @pytest.mark.parametrize("kind", ["sparse", "quantized", "complex", "number", "name", "bomb"])
+    @pytest.mark.parametrize(
+        "kind", ["sparse", "quantized", "complex", "number", "expanded", "name", "bomb"]
+    )
     def test_what_is_no_plain_tensor_is_refused(self, tmp_path, kind):
         causal_lm().save_pretrained(tmp_path)
         weights = {n: t.float() for n, t in causal_lm().state_dict().items()}
@@ -3280,6 +3293,7 @@ class TestCheckpoints:
             "quantized": lambda: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8),
             "complex": lambda: x.to(torch.complex64),
             "number": lambda: 3.0,
+            "expanded": lambda: torch.zeros(()).expand(x.shape),
         }
         if kind in wrong:
             weights[name] = wrong[kind]()
@@ -3652,7 +3666,7 @@ async def function():
          {"train": [0], "val": [1], "test": [2]}),
         ({"a.txt": 0, "b.txt": 1, "test.txt": 2}, {"train": [0, 1], "test": [2]}),
         ({"a.txt": 0, "b.txt": 1, "Validation/c.txt": 2}, {"train": [0, 1], "val": [2]}),
-        ({"train.txt": 0, "notes.txt": 3, "dev.txt": 4, "test.txt": 1}, {"train": [0], "test": [1]}),
+        ({"train.txt": 0, "notes.txt": 3, "dev.txt": 4, "test.txt": 1}, {"train": [0], "val": [4], "test": [1]}),
         ({".ipynb_checkpoints/train.txt": 3, "._test.txt": 4, ".git/x.txt": 5, "a.txt": 0}, {}),
     ])  # fmt: skip
     def test_named_splits_are_kept_and_missing_ones_cut_from_train(
@@ -3680,7 +3694,7 @@ async def function():
         for i in others:  # of what is held out no line is trained on
             assert not set(words(i, 200).split("\n")) - {""} & set(texts["train"].split("\n"))
         for name, i in names.items():
-            used = not name.startswith(".") and name not in ("notes.txt", "dev.txt")
+            used = not name.startswith(".") and name != "notes.txt"
             assert (
                 words(i, 200).split("\n")[0].strip("\0") in {x.strip("\0") for x in lines}
             ) == used
@@ -3843,6 +3857,38 @@ async def function():
         assert (tmp_path / "there" / "mine" / "meta.json").exists()
         assert (tmp_path / "run" / "last.pt").exists()
         assert call(sample.main, "--model=~/run", "--prompt=a", "--max_new_tokens=2") == 0
+
+    def test_files_that_are_passed_over_are_named(self, data, tmp_path, capsys):
+        folder = tmp_path / "mine"
+        folder.mkdir()
+        for name in ("train.txt", "valid.txt.gz", "test.csv", ".hidden", "b.pdf", "c.pdf"):
+            (folder / name).write_text(words(0, 100), encoding="utf-8")
+        prepare.prepare(str(folder), tokenizer="bytes")
+        said = capsys.readouterr().out
+        assert "not read, for their endings: b.pdf, c.pdf, test.csv, ..." in said
+
+    def test_a_zip_with_the_separators_of_windows_has_its_splits(self, data, tmp_path):
+        files = {"c\\train\\a.txt": words(0, 99), "c\\test\\b.txt": words(1, 99)}
+        (tmp_path / "t.zip").write_bytes(zipfile_of({n: x.encode() for n, x in files.items()}))
+        assert prepare.own_text(str(tmp_path / "t.zip"), data)["test"] == [words(1, 99)]
+
+    @pytest.mark.skipif(not Path("/dev/zero").exists(), reason="needs a device that never ends")
+    def test_a_device_is_no_text(self, data):
+        with pytest.raises(common.UserError, match="/dev/zero is no file and no folder"):
+            prepare.prepare("/dev/zero")
+
+    @pytest.mark.parametrize("name", ["train.bin", "meta.json"])
+    def test_data_of_others_are_not_written_over(self, data, tmp_path, name):
+        (tmp_path / "mine.txt").write_text(words(0, 100), encoding="utf-8")
+        (data / "mine").mkdir(parents=True)
+        (data / "mine" / name).write_text("[]")
+        with pytest.raises(common.UserError, match=f"mine has a {name} that was not made here"):
+            prepare.prepare(str(tmp_path / "mine.txt"))
+        assert [p.name for p in (data / "mine").iterdir()] == [name]
+        (data / "mine" / name).unlink()
+        prepare.prepare(str(tmp_path / "mine.txt"), tokenizer="bytes")
+        (data / "mine" / "meta.json").unlink()  # as one that was killed leaves it
+        prepare.prepare(str(tmp_path / "mine.txt"), tokenizer="bytes")
 
     def test_a_folder_for_data_that_cannot_be_made_is_named_with_the_setting(
         self, data, tmp_path, capsys
@@ -4631,8 +4677,8 @@ class TestTrain:
             run.save(better=True)
         assert not (tmp_path / "last.pt").exists()
 
-    def test_a_folder_that_is_deleted_meanwhile_is_made_again(
-        self, corpus, data, tmp_path, monkeypatch
+    def test_a_run_whose_folder_is_deleted_goes_on_in_another(
+        self, corpus, data, tmp_path, monkeypatch, capsys
     ):
         out, update = tmp_path / "out", train.Training.update
 
@@ -4642,9 +4688,25 @@ class TestTrain:
             update(self, *found)
 
         monkeypatch.setattr(train.Training, "update", deleting)
-        assert call(train.main, *TINY, f"--source={corpus}", f"--out_dir={out}") == 0
-        assert checkpoint_of(out)["step"] == 6
-        sample.load_model(out)
+        flags = [*TINY, f"--source={corpus}", f"--out_dir={out}"]
+        assert call(train.main, *flags) == 0
+        (rescued,) = tmp_path.glob("out-*")
+        assert checkpoint_of(rescued)["step"] == 6 and not out.exists()
+        sample.load_model(rescued)
+        assert f"it goes on in {rescued}" in capsys.readouterr().out
+        shutil.rmtree(rescued)
+
+        def occupying(self, *found):  # and another run has begun there
+            update(self, *found)
+            if self.step == 4:
+                shutil.rmtree(out)
+                with common.locked(out, "busy"):
+                    (out / "last.pt").write_text("another's")
+
+        monkeypatch.setattr(train.Training, "update", occupying)
+        assert call(train.main, *flags) == 0
+        assert (out / "last.pt").read_text() == "another's"
+        assert checkpoint_of(*tmp_path.glob("out-*"))["step"] == 6
 
     def test_an_error_while_saving_says_what_there_is(self, corpus, data, tmp_path, monkeypatch):
         run = training(*TINY, f"--source={corpus}", f"--out_dir={tmp_path / 'out'}")
@@ -4682,6 +4744,34 @@ class TestTrain:
         for flag in ("--n_layer=2", "--seed=3", "--optimizer=adamw", "--batch_size=4"):
             assert call(train.main, f"--out_dir={out}", "--resume", flag) == 2
             assert f"{flag.split('=')[0][2:]} was" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("split", ["train", "valid", "test"])
+    def test_a_text_that_has_changed_is_not_trained_on_and_its_results_are_marked(
+        self, trained, corpus, capsys, split
+    ):
+        out, _ = trained
+        path = corpus / f"wiki.{split}.raw"
+        path.write_text(path.read_text("utf-8").replace("average", "the"), encoding="utf-8")
+        assert call(train.main, f"--out_dir={out}", "--resume", "--max_iters=9") == 2
+        said = capsys.readouterr().err
+        assert "checksum was" in said or "another tokenizer" in said
+        if split != "train":  # with another training text the tokenizer is another, too
+            assert call(train.main, f"--out_dir={out}", "--eval_only", "--contexts=carried") == 0
+            said = capsys.readouterr().out
+            assert "is not what this model was trained on" in said and "val, carried" in said
+
+    def test_settings_that_an_evaluation_would_not_use_are_refused(self, trained, capsys):
+        out, _ = trained
+        for flag in ("--n_layer=9", "--seed=4", "--train_split=val"):
+            assert call(train.main, f"--out_dir={out}", "--eval_only", flag) == 2
+            assert f"{flag.split('=')[0][2:]} was" in capsys.readouterr().err
+
+    def test_a_picture_that_cannot_be_drawn_ends_no_run(self, trained, capsys, monkeypatch):
+        out, _ = trained
+        monkeypatch.setattr(train, "draw_curves", unittest.mock.Mock(side_effect=ValueError("x")))
+        assert call(train.main, f"--out_dir={out}", "--resume", "--max_iters=9") == 0
+        assert "loss.png can't be drawn" in capsys.readouterr().out
+        assert len((out / "log.csv").read_text().splitlines()) > 3
 
     def test_a_model_without_its_last_pt_is_evaluated_by_the_flags(self, trained, capsys):
         out, arguments = trained
@@ -4740,6 +4830,14 @@ class TestTrain:
                 refused += code == 2
         assert refused > 100
 
+    def test_a_text_on_which_the_tokenizer_fails_is_one_sentence(self, capsys):
+        class PanicException(BaseException):
+            """As tiktoken's Rust raises it, of very many blanks."""
+
+        assert call(unittest.mock.Mock(side_effect=PanicException("stack overflow"))) == 2
+        error = capsys.readouterr().err
+        assert "the tokenizer fails on this text" in error and error.count("\n") == 1
+
     def test_streams_may_be_of_any_kind_and_closed(self, trained, monkeypatch, capsys):
         _, arguments = trained
         for out, error in ((io.StringIO(), io.StringIO()), (None, None), (io.StringIO(), None)):
@@ -4765,9 +4863,15 @@ class TestTrain:
         out, _ = trained
         again = [f"--out_dir={out}", "--resume", "--max_iters=8", "--contexts=carried"]
         monkeypatch.setenv("RANK", "1")  # as some cluster leaves it, of one process
-        monkeypatch.setenv("LOCAL_RANK", "0")
+        monkeypatch.setenv("LOCAL_RANK", "1")
         assert call(train.main, *again) == 0
         assert "val: loss" in capsys.readouterr().out
+        assert call(train.main, "--zzz") == 2
+        assert "there is no setting --zzz" in capsys.readouterr().err
+        monkeypatch.setenv("WORLD_SIZE", "0")
+        assert call(train.main, *again) == 0
+        monkeypatch.setenv("LOCAL_RANK", "0")
+        capsys.readouterr()
         for size in ("two", "-1", "1.5", "²"):
             monkeypatch.setenv("WORLD_SIZE", size)
             assert call(train.main, *again) == 2

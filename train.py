@@ -14,6 +14,7 @@ evaluation, log.csv, loss.png and samples.txt.
 import argparse
 import contextlib
 import csv
+import functools
 import io
 import math
 import os
@@ -29,7 +30,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from data.common import (
     DownloadError,
@@ -43,7 +43,15 @@ from data.common import (
     short,
     write_whole,
 )
-from data.machine import Distributed, choose_dtype, dtype_name, make_autocast, told_to_stop
+from data.machine import (
+    Distributed,
+    ProgressBar,
+    choose_dtype,
+    dtype_name,
+    make_autocast,
+    memory_of_machine,
+    told_to_stop,
+)
 from data.prepare import (
     TOKENIZER_FILES,
     TOKENIZERS,
@@ -139,6 +147,7 @@ RULES = (  # names, the rule in words, the rule as a function
     ("warmup_fraction min_lr_fraction", "0 or more and below 1", lambda x: 0 <= x < 1),
     ("momentum beta1 beta2", "0 or more and below 1", lambda x: 0 <= x < 1),
     ("out_dir dataset", "non-empty", bool),
+    ("out_dir dataset data_dir source", "without zero bytes", lambda x: "\0" not in x),
     ("optimizer", "one of muon, adamw", lambda x: x in ("muon", "adamw")),
     ("dtype", f"one of {', '.join(DTYPES)}", lambda x: x in DTYPES),
     ("tokenizer", f"one of {', '.join(TOKENIZERS)}", lambda x: x in TOKENIZERS),
@@ -172,9 +181,8 @@ def read_settings(arguments: list[str]) -> argparse.Namespace:
     last = Path(s.out_dir) / "last.pt"
     if (s.resume or s.eval_only) and last.exists():
         saved = read_state(last.parent)["settings"]
-        changed = {name: value for name, value in given.items() if name not in CHANGEABLE.split()}
-        if s.resume:
-            check_same(saved, changed, last)
+        changeable = CHANGEABLE.split() + ["val_split"] * s.eval_only
+        check_same(saved, {n: x for n, x in given.items() if n not in changeable}, last)
         s = argparse.Namespace(**{**SETTINGS, **saved, **given})
     return s
 
@@ -188,22 +196,16 @@ def wrong_setting(s) -> str | None:
     return None
 
 
-def check_memory(s, vocab_size: int):
+def check_memory(s):
     """Raise a UserError if a training step can't fit into this machine, even by a low estimate."""
-    layer = s.n_embd * (3 * s.intermediate_size + 2 * s.nffn_hidden_size + 2 * s.n_embd)
-    weights = s.n_layer * (layer + s.n_embd * (s.shared_size + 4 * s.ema_size))
-    weights += vocab_size * s.n_embd
-    token = 4 * s.n_embd + 2 * s.intermediate_size + 2 * s.nffn_hidden_size + 2 * s.shared_size
-    activations = s.n_layer * s.batch_size * s.block_size * token
-    needed = 12 * weights + 2 * activations  # bytes: weight, gradient and moment; bfloat16
-    needed += 30_000 * s.n_layer  # Python's objects
-    with contextlib.suppress(AttributeError, ValueError):  # Windows can't say
-        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        if needed > there:
-            raise UserError(
-                f"a step would need at least {needed / 1e9:,.0f} GB of memory, and this machine has "
-                f"{there / 1e9:,.0f}; make the model, --batch_size or --block_size smaller"
-            )
+    width = s.n_embd + s.intermediate_size + s.nffn_hidden_size + s.shared_size + s.ema_size
+    numbers = 3 * s.n_embd + s.batch_size * s.block_size  # weight, gradient, moment; activations
+    needed = s.n_layer * (4 * width * numbers + 30_000)  # bytes; Python's objects take some, too
+    if needed > memory_of_machine():
+        raise UserError(
+            f"a step would need at least {needed / 1e9:,.0f} GB of memory, and this machine has "
+            f"{memory_of_machine() / 1e9:,.0f}; make the model, --batch_size or --block_size smaller"
+        )
 
 
 # -------------------------------------------------------------------------------------------- data
@@ -266,6 +268,10 @@ class Corpus:
         self.windows = max(pairs // block_size - 1, 1)  # of an epoch; one less leaves room to shift
         self.spare = pairs - self.windows * block_size
         self.orders = {}  # by epoch
+
+    def checksum(self) -> int:
+        """Return a number that changes with the text of any split."""
+        return functools.reduce(lambda sofar, x: zlib.crc32(x, sofar), self.tokens.values(), 0)
 
     def ids(self, split: str) -> Tensor:
         """Return a whole split, (T,)."""
@@ -523,17 +529,10 @@ def report_all(model: MegaForCausalLM, corpus: Corpus, splits: list, contexts: s
 # Of last.pt, but for model and optimizers: what it holds, and of which types.
 COUNTERS = ("step", "seconds", "best", "losses", "log")
 ROW = {
-    "step": 0,
-    "tokens": 0,
-    "seconds": 0.0,
-    "train_loss": 0.0,
-    "val_loss": 0.0,
-    "bits_per_byte": 0.0,
-    "word_perplexity": 0.0,
-    "tokens_per_second": 0.0,
-    "learning_rate": 0.0,
+    "step": 0, "tokens": 0, "seconds": 0.0, "train_loss": 0.0, "val_loss": 0.0,
+    "bits_per_byte": 0.0, "word_perplexity": 0.0, "tokens_per_second": 0.0, "learning_rate": 0.0,
     "sample": "",
-}
+}  # fmt: skip
 SAVED = {n: x for n, x in SETTINGS.items() if n not in ("out_dir", "resume", "eval_only")}
 STATE = {
     "settings": SAVED, "text": {"dataset": "", "checksum": 0}, "processes": 0,
@@ -556,8 +555,9 @@ class Diverged(UserError):
 class Training:
     """A run: model, optimizers and counters, all of which a checkpoint must hold for a resume."""
 
-    def __init__(self, s, processes: Distributed, make_model=new_model):
+    def __init__(self, s, processes: Distributed, make_model=new_model, lock=None):
         self.settings = s
+        self.lock = lock  # what os.stat says of out_dir's
         self.processes = processes
         self.device = processes.device
         self.out = Path(s.out_dir)
@@ -577,15 +577,14 @@ class Training:
         s.dtype = dtype_name(self.dtype)
         self.autocast = make_autocast(self.device, self.dtype)
         if self.device.type == "cpu":
-            check_memory(s, self.tokenizer.size)
+            check_memory(s)
         torch.manual_seed(s.seed)
         self.model = make_model(s, self.tokenizer).to(self.device)
         self.optimizers = build_optimizers(s, self.model, self.device, self.dtype)
         self.peaks = [group["lr"] for group in self.parameter_groups()]
         self.sequences = s.batch_size * s.gradient_accumulation_steps  # of a step
         self.parts = self.share_sequences()
-        checksum = zlib.crc32(self.corpus.tokens["train"])
-        self.text = {"dataset": folder.name, "checksum": checksum}
+        self.text = {"dataset": folder.name, "checksum": self.corpus.checksum()}
         if s.resume:
             self.load_state(read_state(self.out))
         self.engine = compiled(self) if s.compile else self.model
@@ -809,13 +808,25 @@ class Training:
         per_step = self.sequences * self.settings.block_size
         with self.saving():
             write_whole(self.out / "log.csv", text.getvalue().encode())
-            write_whole(self.out / "samples.txt", samples.encode())
-            write_whole(self.out / "loss.png", draw_curves(self.log, self.losses, per_step))
+            write_whole(self.out / "samples.txt", samples.encode(errors="replace"))
+        try:
+            picture = draw_curves(self.log, self.losses, per_step)
+        except Exception as error:  # noqa: BLE001  of a wrong MPLBACKEND, say: no reason to stop
+            print(f"note: loss.png can't be drawn ({short(error)})")
+            return
+        with self.saving():
+            write_whole(self.out / "loss.png", picture)
 
     @contextlib.contextmanager
     def saving(self):
+        lock = self.out / "lock"
+        if self.lock and not (lock.exists() and os.path.samestat(os.stat(lock), self.lock)):
+            self.out = Path(f"{self.out.resolve()}-{os.getpid()}")
+            self.settings.out_dir = str(self.out)
+            self.lock = None
+            print(f"note: the folder of this run has been deleted; it goes on in {self.out}")
         try:
-            self.out.mkdir(parents=True, exist_ok=True)  # it may have been deleted
+            self.out.mkdir(parents=True, exist_ok=True)
             yield
         except OSError as error:
             last = self.out / "last.pt"
@@ -892,7 +903,7 @@ def check_same(found: dict, wanted: dict, path: Path):
     names = [name for name in wanted if found.get(name) != wanted[name]]
     if names:
         differences = "; ".join(f"{n} was {found.get(n)}, not {wanted[n]}" for n in names[:4])
-        raise UserError(f"{path} can't be resumed with other settings: {differences}")
+        raise UserError(f"{path} was made with other settings or texts: {differences}")
 
 
 def check_tokenizer(folder: Path, own: Tokenizer, data: Path, other: Tokenizer):
@@ -949,26 +960,6 @@ def draw_curves(log: list[dict], losses: list[float], tokens_per_step: int) -> b
     return content.getvalue()
 
 
-class ProgressBar:
-    """A bar on a terminal; elsewhere, as in a log file, a line every half minute."""
-
-    def __init__(self, leads: bool, progress: float):
-        form = "{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
-        hidden = None if leads and sys.stderr else True  # None: without a terminal
-        self.bar = tqdm(total=1.0, initial=progress, bar_format=form, leave=False, disable=hidden)
-        self.lines = leads and self.bar.disable
-        self.last_line = time.monotonic()
-
-    def update(self, t: Training, seconds: float):
-        speed = t.sequences * t.settings.block_size / max(seconds, 1e-9)
-        text = f"step {t.step}, loss {t.losses[-1]:.3f}, {speed:,.0f} tokens/s"
-        self.bar.set_postfix_str(text)
-        self.bar.update(t.progress() - self.bar.n)
-        if self.lines and time.monotonic() > self.last_line + 30:
-            print(f"{t.progress():4.0%} {text}", flush=True)
-            self.last_line = time.monotonic()
-
-
 def train(t: Training):
     """Take steps, and from time to time evaluate and save."""
     s = t.settings
@@ -986,7 +977,10 @@ def train(t: Training):
                 break
             before = t.progress()
             t.update(loss, seconds)
-            bar.update(t, seconds)
+            speed = t.sequences * s.block_size / max(seconds, 1e-9)
+            bar.update(
+                t.progress(), f"step {t.step}, loss {t.losses[-1]:.3f}, {speed:,.0f} tokens/s"
+            )
             stopped = t.processes.sum(len(signals))[0] > 0
             if math.floor(before * s.evaluations) < math.floor(t.progress() * s.evaluations):
                 bar.bar.clear()
@@ -999,8 +993,8 @@ def train(t: Training):
         sys.exit(128 + (signals or [signal.SIGINT])[0])
 
 
-def train_and_report(s, processes: Distributed):
-    t = Training(s, processes)
+def train_and_report(s, processes: Distributed, lock: os.stat_result):
+    t = Training(s, processes, lock=lock)
     splits = ", ".join(f"{split} {n['tokens']:,} tokens" for split, n in t.corpus.counts.items())
     threads = f"{torch.get_num_threads()} threads"
     if processes.size > 1:
@@ -1023,6 +1017,9 @@ def evaluate_only(s, processes: Distributed):
     with find_data(s) as data:
         check_tokenizer(Path(s.out_dir), tokenizer, data, load_tokenizer(data))
         corpus = Corpus(data, tokenizer, s.block_size, s.seed)
+    last = Path(s.out_dir) / "last.pt"
+    if last.exists() and read_state(last.parent)["text"]["checksum"] != corpus.checksum():
+        print(f"note: {data} is not what this model was trained on: it may know these texts")
     autocast = make_autocast(processes.device, choose_dtype(s.dtype, processes.device))
     splits = ["val"]
     if "test" in corpus.counts and "test" not in (s.train_split, s.val_split):
@@ -1047,10 +1044,10 @@ def main(arguments: list[str] | None = None):
             if s.resume:
                 last_checkpoint(Path(s.out_dir))  # is there, or no folder is made
             busy = f"another run is at work in {s.out_dir}: wait, or choose another --out_dir"
-            processes.broadcast(lambda: stack.enter_context(locked(Path(s.out_dir), busy)))
-            train_and_report(s, processes)
+            lock = processes.broadcast(lambda: stack.enter_context(locked(Path(s.out_dir), busy)))
+            train_and_report(s, processes, lock)
     except UserError:
-        if os.environ.get("LOCAL_RANK", "0") != "0":
+        if os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("LOCAL_RANK", "0") != "0":
             sys.exit(2)  # one sentence is enough
         raise
     finally:

@@ -58,7 +58,7 @@ def write_whole(path: Path, content):
 def locked(folder: Path, busy: str, wait: bool = False):
     """Keep a folder for this process; if another has it, say so, and wait for its end or raise.
 
-    The system frees the lock when a process dies. Of one that was killed this removes the parts of
+    Yield what os.stat says of the lock, by which one sees whether the folder was deleted since. The system frees the lock when a process dies. Of one that was killed this removes the parts of
     files that it was writing.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -73,7 +73,7 @@ def locked(folder: Path, busy: str, wait: bool = False):
     try:
         for part in folder.glob(f"*.{'[0-9a-f]' * 32}.part"):
             part.unlink(missing_ok=True)
-        yield
+        yield os.stat(folder / "lock")
     finally:
         lock.release()
 
@@ -140,7 +140,7 @@ def run(main):
     except KeyboardInterrupt:
         print(f"\n{script}: stopped", file=sys.stderr)
         sys.exit(130)
-    except Exception as error:
+    except BaseException as error:  # SystemExit, too, for which there is no sentence
         text = one_sentence(error)
         if text is None:
             raise
@@ -148,8 +148,10 @@ def run(main):
         sys.exit(2)
 
 
-def one_sentence(error: Exception) -> str | None:
+def one_sentence(error: BaseException) -> str | None:
     """Say what the user can mend; None for an error that is not the user's but ours."""
+    if type(error).__name__ == "PanicException":  # of tiktoken's Rust
+        return f"the tokenizer fails on this text ({short(error)}); are there very long blanks?"
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError):

@@ -4,13 +4,16 @@ import contextlib
 import datetime
 import functools
 import gc
+import math
 import os
 import signal
+import sys
 import threading
 import time
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from data.common import UserError, one_sentence, short
 
@@ -63,15 +66,23 @@ START = datetime.timedelta(minutes=5)  # for all processes to find each other
 LONG = datetime.timedelta(hours=8)  # the others wait while the first one evaluates
 
 
+def memory_of_machine() -> float:
+    """Return the bytes of memory that there are; infinity where the system can't say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError):  # on Windows
+        return math.inf
+
+
 class Distributed:
     """The processes that torchrun started, or this one alone. The first is the one that writes."""
 
     def __init__(self, device: str):
-        self.size = number_in_environment("WORLD_SIZE", 1)
+        self.size = max(number_in_environment("WORLD_SIZE", 1), 1)
         self.rank = number_in_environment("RANK", 0) if self.size > 1 else 0
         self.device = choose_device(device)
         self.group = None
-        if self.size <= 1:
+        if self.size == 1:
             return
         if self.device.type == "cuda":
             self.device = torch.device("cuda", number_in_environment("LOCAL_RANK", self.rank))
@@ -164,3 +175,21 @@ def told_to_stop(leads: bool):
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
+
+
+class ProgressBar:
+    """A bar on a terminal; elsewhere, as in a log file, a line every half minute."""
+
+    def __init__(self, leads: bool, progress: float):
+        form = "{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
+        hidden = None if leads and sys.stderr else True  # None: without a terminal
+        self.bar = tqdm(total=1.0, initial=progress, bar_format=form, leave=False, disable=hidden)
+        self.lines = leads and self.bar.disable
+        self.last_line = time.monotonic()
+
+    def update(self, progress: float, text: str):
+        self.bar.set_postfix_str(text)
+        self.bar.update(progress - self.bar.n)
+        if self.lines and time.monotonic() > self.last_line + 30:
+            print(f"{progress:4.0%} {text}", flush=True)
+            self.last_line = time.monotonic()

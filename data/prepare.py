@@ -67,7 +67,7 @@ WIKITEXT = {  # addresses in the order to try, size in bytes and sha256 if known
         "lines": {"train": 1_801_350, "val": 3_760, "test": 4_358},
     },
 }
-SPLITS = {"train": "train", "val": "valid|val|validation", "test": "test"}
+SPLITS = {"train": "train", "val": "valid|val|validation|dev", "test": "test"}
 ENDINGS = {".txt", ".md", ".rst", ".raw", ".tokens", ".text"}  # of text files
 ARCHIVES = {".gz", ".tgz", ".tar", ".bz2", ".xz", ".zst", ".7z", ".rar"}
 VERSION = 2  # of how texts are read; what an older one prepared is made anew
@@ -165,7 +165,7 @@ class RobertaTokenizer:
 def load_roberta(vocab: str | Path, merges: str | Path) -> RobertaTokenizer:
     with reading(f"the tokenizer in {Path(vocab).parent} is damaged"):
         lines = read_lines(Path(merges))
-        pairs = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+        pairs = [line.split(" ") for line in lines if not line.startswith("#version")]
         ids = json.loads(Path(vocab).read_bytes())
         check_ranks(ids.values(), most=LARGEST_VOCABULARY)
         return RobertaTokenizer(ids, pairs)
@@ -176,7 +176,8 @@ def read_lines(path: Path) -> list[str]:
     content = path.read_bytes()
     if content.count(b"\n") > LARGEST_VOCABULARY:
         raise ValueError(f"{path.name} has more than {LARGEST_VOCABULARY:,} lines")
-    return content.decode("utf-8").splitlines()
+    lines = content.decode("utf-8").replace("\r\n", "\n").split("\n")
+    return [line for line in lines if line]
 
 
 def check_ranks(ranks, most: int):
@@ -310,26 +311,24 @@ def how_to_convert(name: str) -> str:
     return "convert it first: save it as plain text in UTF-8"
 
 
+def is_hidden(name: str) -> bool:
+    """Whether a part of a path begins with a dot, or is a Mac's folder of notes."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(name).parts)
+
+
 def is_text(name: str) -> bool:
-    """Whether a file in a folder or zip is one of its texts: hidden ones and a Mac's notes aren't."""
-    path = PurePosixPath(name)
-    hidden = any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
-    return path.suffix.lower() in ENDINGS and not hidden
-
-
-def text_paths(source: Path) -> list[Path]:
-    """A file itself, or the text files under a folder."""
-    if not source.is_dir():
-        return [source]
-    found = [p for p in source.rglob("*") if is_text(p.relative_to(source).as_posix())]
-    return sorted(p for p in found if p.is_file())
+    return PurePosixPath(name).suffix.lower() in ENDINGS and not is_hidden(name)
 
 
 def check_exists(source: str):
-    if source and not is_url(source) and not Path(source).exists():
-        near = difflib.get_close_matches(source, [*WIKITEXT, "pydocs"], 1)
-        hint = f"did you mean {near[0]}?" if near else "give a text file, a zip or a folder"
-        raise UserError(f"{source} does not exist; {hint}")
+    path = Path(source)
+    if not source or is_url(source) or path.is_file() or path.is_dir():
+        return
+    if path.exists():  # /dev/zero never ends
+        raise UserError(f"{source} is no file and no folder; give a text file, a zip or a folder")
+    near = difflib.get_close_matches(source, [*WIKITEXT, "pydocs"], 1)
+    hint = f"did you mean {near[0]}?" if near else "give a text file, a zip or a folder"
+    raise UserError(f"{source} does not exist; {hint}")
 
 
 def is_url(source: str) -> bool:
@@ -341,22 +340,20 @@ def read_files(source: Path) -> dict[str, bytes]:
     check_exists(str(source))
     if source.is_file() and (source.suffix == ".zip" or zipfile.is_zipfile(source)):
         return unzip(source)
-    root = source if source.is_dir() else source.parent
-    paths = text_paths(source)
-    check_size(source, sum(p.stat().st_size for p in paths))
-    if not paths:
-        raise UserError(no_texts(source, [p.name for p in source.rglob("*") if p.is_file()]))
-    return {p.relative_to(root).as_posix(): p.read_bytes() for p in paths}
+    paths = {source.name: source}
+    if source.is_dir():
+        names = [p.relative_to(source).as_posix() for p in source.rglob("*") if p.is_file()]
+        paths = {name: source / name for name in tell_texts(source, names)}
+    check_size(source, sum(path.stat().st_size for path in paths.values()))
+    return {name: path.read_bytes() for name, path in paths.items()}
 
 
 def unzip(path: Path) -> dict[str, bytes]:
     with reading(f"{path} is not a readable zip file"), zipfile.ZipFile(path) as archive:
-        members = [m for m in archive.infolist() if not m.is_dir()]
-        texts = sorted(m.filename for m in members if is_text(m.filename))
-        check_size(path, sum(m.file_size for m in members if m.filename in texts))
-        if not texts:
-            raise UserError(no_texts(path, [m.filename for m in members]))
-        return {name: archive.read(name) for name in texts}
+        members = {m.filename.replace("\\", "/"): m for m in archive.infolist() if not m.is_dir()}
+        texts = tell_texts(path, members)
+        check_size(path, sum(members[name].file_size for name in texts))
+        return {name: archive.read(members[name]) for name in texts}
 
 
 def check_size(source: Path, size: int):
@@ -367,14 +364,19 @@ def check_size(source: Path, size: int):
         )
 
 
-def no_texts(source: Path, names: list[str]) -> str:
-    """Say what a folder or zip has in place of texts."""
-    endings = ", ".join(sorted(ENDINGS))
-    if not names:
-        return f"{source} has no text files ({endings})"
+def tell_texts(source: Path, names) -> list[str]:
+    """The texts among the names of a folder or zip, in order; say so if others are passed over."""
+    texts = sorted(name for name in names if is_text(name))
+    others = sorted(name for name in names if name not in texts and not is_hidden(name))
     if "[Content_Types].xml" in names:
-        return f"{source} is an Office document; {how_to_convert(source.name)}"
-    return f"{source} has no text files ({endings}), only {names[0]}; {how_to_convert(names[0])}"
+        raise UserError(f"{source} is an Office document; {how_to_convert(source.name)}")
+    if not texts:
+        only = f", only {others[0]}; {how_to_convert(others[0])}" if others else ""
+        raise UserError(f"{source} has no text files ({', '.join(sorted(ENDINGS))}){only}")
+    if others:
+        more = ", ..." if len(others) > 3 else ""
+        print(f"note: of {source} not read, for their endings: {', '.join(others[:3])}{more}")
+    return texts
 
 
 # ------------------------------------------------------------------------------------- documents
@@ -521,8 +523,9 @@ def own_text(source: str, folder: Path) -> dict[str, list[str]]:
     """The splits that files and folders name; a missing one is cut from the training text."""
     files = fetch(source, folder)
     splits = split_files(files) if len(files) > 1 else {}
-    if [*splits] == ["train"]:
-        splits = {}  # nothing is held out: one note of many may be called how-to-train
+    if [*splits] == ["train"]:  # one note of many may be called how-to-train
+        print(f"note: no file of {source} is named like valid.txt or test.txt: all are one text")
+        splits = {}
     if not splits:
         return hold_out([decode(content, name) for name, content in files.items()], [*HELD_OUT])
     others = [name for name in files if split_of(name) is None]
@@ -578,6 +581,13 @@ def prepared(
         "tokenizer": tokenizer,
         "vocab_size": vocab_size if tokenizer == "bpe" else None,
     }
+    theirs = [name for name in ("meta.json", *(f"{s}.bin" for s in SPLITS))
+              if (folder / name).exists()]  # fmt: skip
+    if theirs and not (folder / "lock").exists() and "made_by" not in read_meta(folder):
+        raise UserError(
+            f"{folder} has a {theirs[0]} that was not made here; rename the text, or name another "
+            "folder with --data_dir"
+        )
     busy = f"another process is preparing {folder}: waiting for it"
     with contextlib.ExitStack() as stack:
         try:
@@ -613,7 +623,7 @@ def make(folder: Path, made_by: dict):
         elif split != "test":
             raise UserError(
                 f"{source or dataset} has no {wanted!r} split, only {', '.join(found)}; "
-                f"choose one with --{split}_split"
+                f"choose one with --{split}_split, or give more text"
             )
     for split, documents in splits.items():
         if not any(document.strip() for document in documents):
@@ -644,7 +654,9 @@ def fingerprint(source: str) -> list:
     """Names, sizes and times of local files, so that a changed text is noticed."""
     if not source or is_url(source):
         return []
-    stats = [(str(p.resolve()), p.stat()) for p in text_paths(Path(source)) if p.exists()]
+    path = Path(source)
+    paths = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    stats = [(str(p.resolve()), p.stat()) for p in paths]
     return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
 
 
