@@ -4760,6 +4760,14 @@ class TestTrain:
             said = capsys.readouterr().out
             assert "is not what this model was trained on" in said and "val, carried" in said
 
+    def test_an_evaluation_takes_the_dtype_that_is_fast_here(self, trained, monkeypatch):
+        out, _ = trained
+        state = torch.load(out / "last.pt", weights_only=True)
+        state["settings"]["dtype"] = "bfloat16"
+        torch.save(state, out / "last.pt")
+        assert train.read_settings([f"--out_dir={out}", "--eval_only"]).dtype == "auto"
+        assert train.read_settings([f"--out_dir={out}", "--resume"]).dtype == "bfloat16"
+
     def test_settings_that_an_evaluation_would_not_use_are_refused(self, trained, capsys):
         out, _ = trained
         for flag in ("--n_layer=9", "--seed=4", "--train_split=val"):

@@ -181,6 +181,8 @@ def read_settings(arguments: list[str]) -> argparse.Namespace:
     last = Path(s.out_dir) / "last.pt"
     if (s.resume or s.eval_only) and last.exists():
         saved = read_state(last.parent)["settings"]
+        if s.eval_only:
+            saved["dtype"] = "auto"  # this machine may be another, slow with the run's
         changeable = CHANGEABLE.split() + ["val_split"] * s.eval_only
         check_same(saved, {n: x for n, x in given.items() if n not in changeable}, last)
         s = argparse.Namespace(**{**SETTINGS, **saved, **given})

@@ -383,13 +383,18 @@ def tell_texts(source: Path, names) -> list[str]:
 
 
 def split_of(name: str) -> str | None:
-    """The split that a folder in the path names, or the file: wiki.train.tokens, validation.txt."""
-    *folders, file = name.lower().split("/")
-    for split, words in SPLITS.items():
-        if any(re.fullmatch(words, folder) for folder in folders):
-            return split
+    """The split that a path names, by a folder (train/a.txt) or the file (wiki.train.tokens)."""
+    file = name.lower().rsplit("/", 1)[-1]
     for split, words in SPLITS.items():
         if re.fullmatch(rf"(?:^|.*[._-])(?:{words})(?:[._-].*)?", file):
+            return folder_split(name) or split
+    return folder_split(name)
+
+
+def folder_split(name: str) -> str | None:
+    folders = name.lower().split("/")[:-1]
+    for split, words in SPLITS.items():
+        if any(re.fullmatch(words, folder) for folder in folders):
             return split
     return None
 
@@ -397,10 +402,10 @@ def split_of(name: str) -> str | None:
 def split_files(files: dict[str, bytes]) -> dict[str, list[str]]:
     """Split -> its texts: the files in a folder of its name, or the one file of its name."""
     splits = {}
-    for split, words in SPLITS.items():
+    for split in SPLITS:
         names = [name for name in files if split_of(name) == split]
-        single = [n for n in names if not set(n.lower().split("/")[:-1]) & set(words.split("|"))]
-        if single and len(names) > 1:
+        alone = [name for name in names if folder_split(name) is None]
+        if alone and len(names) > 1:
             raise UserError(f"several files for the {split} split, keep one: {', '.join(names)}")
         if names:
             splits[split] = [decode(files[name], name) for name in names]
@@ -581,8 +586,8 @@ def prepared(
         "tokenizer": tokenizer,
         "vocab_size": vocab_size if tokenizer == "bpe" else None,
     }
-    theirs = [name for name in ("meta.json", *(f"{s}.bin" for s in SPLITS))
-              if (folder / name).exists()]  # fmt: skip
+    files = ("meta.json", "train.bin", "val.bin", "test.bin")
+    theirs = [name for name in files if (folder / name).exists()]
     if theirs and not (folder / "lock").exists() and "made_by" not in read_meta(folder):
         raise UserError(
             f"{folder} has a {theirs[0]} that was not made here; rename the text, or name another "
