@@ -1,9 +1,11 @@
 """The laws that mega.py, train.py, sample.py, data/prepare.py and the lecture must obey.
 
-    pytest                                   # all, deterministic, no network
-    pytest -m "not slow"                     # without what starts processes or trains for long
+    pytest                                   # all: five minutes on two slow cores, no network
+    pytest -m "not slow"                     # one: without what starts processes or trains for long
     pytest test_mega.py::TestEMA             # one room
     HYPOTHESIS_PROFILE=thorough pytest       # 20 times the examples
+
+It says at its end which tests it left out, and why: those beside transformers need it installed.
 
 Laws are checked by Hypothesis on random shapes and values, in fp64 where equality is meant exactly;
 in fp32 a tolerance is stated. Helpers and strategies come first, then a class for each room:
