@@ -573,7 +573,7 @@ class Training:
             folder = processes.broadcast(lambda: stack.enter_context(find_data(s)))
             self.tokenizer = load_tokenizer(folder)
             self.corpus = Corpus(folder, self.tokenizer, s.block_size, s.seed)
-            processes.sum()  # until all have read it
+            processes.sum(0.0)  # until all have read it
         s.dataset = folder.name if s.dataset == "auto" else s.dataset
         self.dtype = processes.broadcast(lambda: choose_dtype(s.dtype, self.device))
         s.dtype = dtype_name(self.dtype)
