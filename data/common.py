@@ -58,8 +58,9 @@ def write_whole(path: Path, content):
 def locked(folder: Path, busy: str, wait: bool = False):
     """Keep a folder for this process; if another has it, say so, and wait for its end or raise.
 
-    Yield what os.stat says of the lock, by which one sees whether the folder was deleted since. The system frees the lock when a process dies. Of one that was killed this removes the parts of
-    files that it was writing.
+    Yield what os.stat says of the lock: if it says otherwise later, the folder has been deleted. The
+    system frees the lock when a process dies; of one that was killed this removes the parts of files
+    that it was writing.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(folder / "lock")
