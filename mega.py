@@ -168,8 +168,8 @@ class MegaConfig:
             )
         if self.gradient_checkpointing and "batchnorm" in self.normalization_type:
             raise ValueError(
-                f"gradient_checkpointing=True would feed {self.normalization_type}'s statistics twice; "
-                "choose another normalization_type"
+                f"gradient_checkpointing=True would feed {self.normalization_type}'s statistics "
+                "twice; choose another normalization_type"
             )
         if self.id2label is not None and len(self.id2label) != self.num_labels:
             raise ValueError(
@@ -278,7 +278,7 @@ def check_integers(name: str, x: Tensor, *shape: int | str) -> Tensor:
 
 
 def check_ids(name: str, ids: Tensor, limit: int, *shape: int | str, ignored=None) -> Tensor:
-    """Return ids as int64; ValueError if not of this shape and from 0 to limit - 1, or `ignored`."""
+    """Return ids as int64; ValueError if of another shape, below 0 or from limit on."""
     ids = check_integers(name, ids, *shape)
     check_range(name, ids if ignored is None else ids.masked_fill(ids == ignored, 0), limit - 1)
     return ids
@@ -300,8 +300,8 @@ def check_range(name: str, x: Tensor, most: int):
 #     h_t = q h_{t-1} + u x_t,    y_t = sum_n g h_t
 #     u = p beta,    q = 1 - p delta,    g = gamma / sqrt(N)
 #
-# where p is the paper's alpha, and gamma its eta (the 1/sqrt(N) is only in its code). Unrolled, this
-# is a convolution with the kernel k[l] = sum_n g u q^l (appendix A). The functions below compute the
+# where p is the paper's alpha, and gamma its eta (1/sqrt(N) is only in its code). Unrolled, this is
+# a convolution with the kernel k[l] = sum_n g u q^l (appendix A). The functions below compute the
 # same y (B, L, D) of x (B, L, D) and u, q, g (D, N), in fp32 or fp64; some continue from a state
 # (B, D, N) and return the last one. In a bidirectional layer D stands for its E = 2D channels.
 
@@ -450,7 +450,7 @@ def needs_plain_autograd() -> bool:
 
 
 class FastBlocks(torch.autograd.Function):
-    """`average_blocks` with the channel as the batch of its matrix products, and a backward by hand.
+    """`average_blocks` with the channel as the batch of its products, and a backward by hand.
 
     Autograd would copy the gradients of permuted tensors: without this class a training step takes
     1.11 to 1.15 times as long in fp32, 1.25 times in bfloat16 (4 layers of 256 channels, 2 CPU
@@ -494,7 +494,7 @@ class FastBlocks(torch.autograd.Function):
 
 
 def plain_gradients(inputs, needed, doutputs) -> tuple[Tensor | None, ...]:
-    """Differentiate `average_blocks` by autograd, so that the result can be differentiated again."""
+    """Differentiate `average_blocks` by autograd: the result can be differentiated again."""
     outputs = average_blocks(*inputs)
     wanted = [x for x, needs in zip(inputs, needed, strict=True) if needs]
     pairs = [(y, dy) for y, dy in zip(outputs, doutputs, strict=True) if y.requires_grad]
@@ -504,8 +504,8 @@ def plain_gradients(inputs, needed, doutputs) -> tuple[Tensor | None, ...]:
 
 
 def to_blocks(x: Tensor, c: int) -> Tensor:
-    """(B, M c, D) -> (D, B (M + 1), c), with a block of zeros at the end of each sequence: the state
-    before that block is the sequence's last one.
+    """(B, M c, D) -> (D, B (M + 1), c), with a block of zeros after each sequence: the state before
+    that block is the sequence's last one.
     """
     B, L, D = x.shape
     blocks = x.new_empty(B, L // c + 1, D, c)
@@ -560,9 +560,9 @@ class DampedEMA(nn.Module):
         return p * beta, 1 - p * delta, gamma / math.sqrt(gamma.shape[-1])
 
     def forward(self, x: Tensor, mask=None, state=None, mode=None, coefficients=None):
-        """Compute SiLU(EMA(x) + omega x) of x (B, L, D); where mask (B, L) is 0, the EMA reads zeros.
+        """Compute SiLU(EMA(x) + omega x) of x (B, L, D); where mask (B, L) is 0 the EMA reads 0.
 
-        `state` (B, D, N) is that before x; `coefficients` is what `coefficients()` returns, if it is
+        `state` (B, D, N) is that before x; `coefficients` is what `coefficients()` returns, if
         at hand. Returns y (B, L, D) and the last state, which is None if the mode has none and in a
         bidirectional layer.
         """
@@ -677,7 +677,7 @@ def attention_weights(query, key, bias, visible, kind: str) -> Tensor:
 
 
 class SimpleBias(nn.Module):
-    """One learned weight for each distance from query to key (T5's, without its buckets of distances)."""
+    """One learned weight for each distance from query to key (T5's without its buckets)."""
 
     def __init__(self, config: MegaConfig):
         super().__init__()
@@ -877,7 +877,7 @@ def project(layer: nn.Linear, x: Tensor) -> Tensor:
 
 
 def mix(residual: Tensor, update: Tensor, candidate: Tensor) -> Tensor:
-    """Replace a part of the residual by the candidate (equations 13 and 15): gate H + (1 - gate) X."""
+    """Replace a part of the residual by the candidate (13, 15): gate H + (1 - gate) X."""
     gate = torch.sigmoid(update)
     return residual + gate * (candidate - residual)
 
@@ -1092,7 +1092,7 @@ class MovingAverageGatedAttention(nn.Module):
 
 
 class GatedCrossAttention(nn.Module):
-    """Attention of a decoder to an encoder's states, gated like the layer (from the paper's code)."""
+    """Attention of a decoder to an encoder's states, gated like the layer (the paper's code)."""
 
     def __init__(self, config: MegaConfig):
         super().__init__()
@@ -1181,8 +1181,8 @@ class MegaBlock(nn.Module):
                 start=0):  # fmt: skip
         """Apply the block to x (B, L, D), which begins at position `start`.
 
-        With a cache, `source` (B, S, D) is ignored: the cache holds its keys and values. Returns y, the
-        next LayerCache or None, and the weights of attention and of cross-attention, or None.
+        With a cache, `source` (B, S, D) is ignored: the cache holds its keys and values. Returns y,
+        the next LayerCache or None, and the weights of attention and of cross-attention, or None.
         """
         x, next_cache, weights = self.mega_layer(x, mask, cache, use_cache)
         cross_weights = None
@@ -1257,7 +1257,7 @@ class MegaBase(nn.Module):
         return model.eval()
 
     def resize_token_embeddings(self, size: int):
-        """Change the vocabulary to `size` tokens in place: cut the last ones, or append new ones."""
+        """Change the vocabulary to `size` tokens in place: cut the last ones or append new ones."""
         resize(self, size)
 
 
@@ -1443,7 +1443,7 @@ def visible_positions(x: Tensor, mask: Tensor | None, cache: MegaCache | None) -
 
 
 def join_caches(layers: list[LayerCache], length: int, mask, old: MegaCache | None) -> MegaCache:
-    """Make the cache of `length` positions; mask (B, R + L) is that of the call, `old` its cache."""
+    """Make the cache of `length` positions; mask (B, R + L) is the call's, `old` its cache."""
     cache = MegaCache(layers, length)
     if mask is None:
         return cache
@@ -1552,7 +1552,7 @@ class MegaForSequenceClassification(MegaBase):
 
 
 class MegaForMultipleChoice(MegaBase):
-    """Scores for each sequence's choices: inputs (B, choices, L), logits (B, choices), labels (B)."""
+    """Scores of choices: inputs (B, choices, L), logits (B, choices), labels (B)."""
 
     def __init__(self, config: MegaConfig):
         super().__init__(config)
@@ -1592,7 +1592,7 @@ class MegaForQuestionAnswering(MegaBase):
         self.qa_outputs = linear(config, config.hidden_size, 2)
 
     def forward(self, *args, start_positions=None, end_positions=None, **inputs) -> MegaOutput:
-        """Score; with start_positions and end_positions (B), also return the mean of their losses."""
+        """Score; with start_positions and end_positions (B) also return their mean loss."""
         out = self.mega(*args, **inputs)
         logits = self.qa_outputs(out.last_hidden_state)  # (B, L, 2)
         starts, ends = logits.unbind(dim=-1)
@@ -1960,7 +1960,7 @@ def reason_and_advice(error: Exception) -> str:
 
 
 def read_checkpoint(source: str | Path, revision: str | None) -> tuple[dict, dict[str, Tensor]]:
-    """Return the config and the tensors of a folder or hub repository, with a bare model's names."""
+    """Return config and tensors of a folder or hub repository, with a bare model's names."""
     config = read_json(find_file(source, "config.json", revision=revision))
     path = find_file(source, *WEIGHT_FILES, revision=revision)
     paths = [path]
@@ -2076,7 +2076,7 @@ def tie_as_in_file(model: MegaBase, weights: dict[str, Tensor]):
 
 
 def has_two_directions(name: str, found: Tensor | None, wanted: Tensor) -> bool:
-    """Say whether a file's EMA parameter has the channels of both directions, the model's of one."""
+    """Say whether a file's EMA parameter has both directions' channels, the model's one's."""
     return found is not None and "ema_gate" in name and len(found) == 2 * len(wanted)
 
 

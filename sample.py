@@ -157,9 +157,7 @@ def find_out() -> str:
     out = Path("out")
     if out.exists() and {p.name for p in out.iterdir()} - {"lock"}:  # a run just begun has that
         return "out"
-    note(
-        "there is no model in out/ yet: this is the small model in data/small; python train.py makes yours"
-    )
+    note("there is no model in out/ yet: this is the small one in data/small; train.py makes yours")
     return str(SMALL)
 
 

@@ -177,7 +177,8 @@ BAD_CONFIGS = [
     {"ema_beta_range": math.inf}, {"relative_positional_bias": "rope"}, {"max_positions": 0},
     {"is_decoder": True, "bidirectional": True}, {"is_decoder": False, "add_cross_attention": True},
     {"num_labels": 3, "id2label": {0: "no", 1: "yes"}}, {"id2label": ["no", "yes"]},
-    {"pad_token_id": 99}, {"pad_token_id": 23}, {"chunk_size": "8"}, {"pad_token_id": -1}, {"eos_token_id": 1.5}, {"num_labels": 0},
+    {"pad_token_id": 99}, {"pad_token_id": 23}, {"chunk_size": "8"}, {"pad_token_id": -1},
+    {"eos_token_id": 1.5}, {"num_labels": 0},
     {"problem_type": "ranking"}, {"bidirectional": None}, {"nffn_hidden_size": None},
     {"final_norm": True, "normalize_before_ffn": False},
     {"final_norm": True, "normalize_before_mega": False}, {"activation": ["silu"]},
@@ -397,7 +398,7 @@ MISFITS = {
 
 
 class Hub(http.server.ThreadingHTTPServer):
-    """A local hub: the files of a folder at /owner/name/resolve/REVISION/, and what it was asked."""
+    """A local hub: the files of a folder at /owner/name/resolve/REVISION/; what it was asked."""
 
     def __init__(self, folder: Path):
         self.asked, self.broken, self.moved, self.secret, self.page = [], False, None, None, False
@@ -456,7 +457,7 @@ class Hub(http.server.ThreadingHTTPServer):
 
 @pytest.fixture
 def hub(tmp_path):
-    """A hub with one checkpoint, owner/name, and a function that runs Python with an empty cache."""
+    """A hub with one checkpoint, owner/name, and a function to load it with an empty cache."""
     causal_lm().save_pretrained(tmp_path / "served")
     with Hub(tmp_path / "served") as server:
         environment = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
@@ -473,7 +474,8 @@ def hub(tmp_path):
                 code += (
                     "try:\n"
                     f"    model = mega.MegaForCausalLM.from_pretrained({call})\n"
-                    "    print('loaded', sum(p.double().sum().item() for p in model.parameters()))\n"
+                    "    total = sum(p.double().sum().item() for p in model.parameters())\n"
+                    "    print('loaded', total)\n"
                     "except (OSError, ValueError) as error:\n"
                     "    print(type(error).__name__, error)\n"
                 )
@@ -1312,9 +1314,11 @@ class TestConfig:
 
     def test_config_has_the_names_and_defaults_of_hugging_face(self):
         expected = {
-            "vocab_size": 30522, "hidden_size": 128, "num_hidden_layers": 4, "intermediate_size": 256,
+            "vocab_size": 30522, "hidden_size": 128, "num_hidden_layers": 4,
+            "intermediate_size": 256,
             "ema_projection_size": 16, "bidirectional": True, "shared_representation_size": 64,
-            "use_chunking": False, "chunk_size": -1, "truncation": None, "normalize_before_mega": True,
+            "use_chunking": False, "chunk_size": -1, "truncation": None,
+            "normalize_before_mega": True,
             "normalization_type": "scalenorm", "norm_affine": True, "activation": "silu",
             "attention_activation": "softmax", "dropout_prob": 0.1, "hidden_dropout_prob": 0.1,
             "attention_probs_dropout_prob": 0.1, "use_feature_dropout": False,
@@ -1688,7 +1692,8 @@ class TestEMA:
         for tensor, std in (
             (ema.damping_factor, 0.2), (ema.decay_factor, 0.2),
             (ema.ema_expansion_matrix - signs, 0.02),
-            (ema.kernel_projection_matrix, 1.0), (ema.residual_weight, 1.0), (layer.qk_weight, 0.02),
+            (ema.kernel_projection_matrix, 1.0), (ema.residual_weight, 1.0),
+            (layer.qk_weight, 0.02),
             (layer.v_proj.weight, 0.02), (layer.mx_proj.weight, 0.02), (layer.h_proj.weight, 0.02),
             (model.mega.layers[0].nffn.fc1.weight, 0.02), (layer.rel_pos_bias.alpha, 0.02),
             (model.mega.embedding_layer.word_embeddings.weight, 0.02), (model.dense.weight, 0.02),
@@ -1937,8 +1942,11 @@ class TestModel:
             expected = x / (x.square().mean(-1, True) + 1e-5).sqrt()
         else:
             expected = x / math.sqrt(1 + 1e-5)
-        expected = expected * gain + (getattr(norm.norm, "bias", None) if affine and
-                                      getattr(norm.norm, "bias", None) is not None else 0)  # fmt: skip
+        expected = expected * gain + (
+            getattr(norm.norm, "bias", None)
+            if affine and getattr(norm.norm, "bias", None) is not None
+            else 0
+        )
         close(norm(x), expected)
 
     def test_batchnorm_takes_its_statistics_over_rows_and_length(self):
@@ -2308,7 +2316,7 @@ class TestCache:
         assert model.mega.layers[0].mega_layer.ema_gate.decay_factor.grad.any()
 
     def test_a_cache_holds_little_more_memory_than_it_shows(self):
-        """Nothing of closed chunks; room for later keys and values, but no more than twice theirs."""
+        """Nothing of closed chunks; room for later keys and values, at most twice theirs."""
         model = shared_lm(use_chunking=True, chunk_size=8)
         cache = model(token_ids(0, 1, 203), use_cache=True).cache
         for layer in cache.layers:
@@ -3639,7 +3647,7 @@ async def function():
     def test_robertas_words_are_cut_as_gpt2s_are(self, roberta):
         _, tokens, codec = roberta
         number = {token: i for i, token in enumerate(tokens)}
-        # A space belongs to the word after it, and one of several too; digits are not cut by threes.
+        # A space belongs to the word after it, also one of several; digits are not cut by threes.
         expected = [number[token] for token in ("<s>", "Ġthe", "Ġ", "Ġ", "Ġmodel", "Ġ1234", "</s>")]
         assert codec.encode(" the   model 1234</s>") == expected
 
@@ -3656,7 +3664,7 @@ async def function():
     def test_robertas_ids_are_those_of_transformers(self, transformers, roberta, text):
         folder, _, codec = roberta
         theirs = transformers.RobertaTokenizer(folder / "vocab.json", folder / "merges.txt")
-        # Their tokenizer drops spaces around other special tokens, too, and some control characters.
+        # Their tokenizer drops spaces around other special tokens, and some control characters.
         assert codec.encode(text) == theirs(text)["input_ids"][:-1]
 
     @pytest.mark.parametrize("zipped", [True, False])
@@ -3668,7 +3676,8 @@ async def function():
          {"train": [0], "val": [1], "test": [2]}),
         ({"a.txt": 0, "b.txt": 1, "test.txt": 2}, {"train": [0, 1], "test": [2]}),
         ({"a.txt": 0, "b.txt": 1, "Validation/c.txt": 2}, {"train": [0, 1], "val": [2]}),
-        ({"train.txt": 0, "notes.txt": 3, "dev.txt": 4, "test.txt": 1}, {"train": [0], "val": [4], "test": [1]}),
+        ({"train.txt": 0, "notes.txt": 3, "dev.txt": 4, "test.txt": 1},
+         {"train": [0], "val": [4], "test": [1]}),
         ({".ipynb_checkpoints/train.txt": 3, "._test.txt": 4, ".git/x.txt": 5, "a.txt": 0}, {}),
     ])  # fmt: skip
     def test_named_splits_are_kept_and_missing_ones_cut_from_train(
@@ -4131,7 +4140,8 @@ class TestTrain:
         with pytest.raises(common.UserError) as refused:
             run.share_sequences()
         assert str(refused.value) == (
-            "a step's 2 sequences (--batch_size=2 times --gradient_accumulation_steps=1) can't be shared "
+            "a step's 2 sequences (--batch_size=2 times --gradient_accumulation_steps=1) can't be "
+            "shared "
             "by 3 processes; make them a multiple of 3"
         )
 
@@ -4799,7 +4809,8 @@ class TestTrain:
         good = torch.load(path, weights_only=True)
         assert all(isinstance(x, dict) for o in good["optimizers"] for x in o.values())
         for change in (
-            lambda x: x[:1], lambda x: x.double(), lambda x: x.to_sparse(), lambda x: x.flatten()[:0],
+            lambda x: x[:1], lambda x: x.double(), lambda x: x.to_sparse(),
+            lambda x: x.flatten()[:0],
             lambda x: x.tolist(), lambda x: None, lambda x: x.to("meta"), lambda x: x[..., None],
         ):  # fmt: skip
             for o in range(len(good["optimizers"])):
@@ -5141,7 +5152,7 @@ class TestTasks:
 
     @slow
     def test_a_causal_lm_copies_across_a_chunk_border(self):
-        """The first chunk's four letters: attention can't see them from the second one, the EMA can."""
+        """The first chunk's four letters: from the second one only the EMA can see them."""
         config = {"is_decoder": True, "bidirectional": False, "use_chunking": True, "chunk_size": 8}
         model = MegaForCausalLM(task_config(**config))
 
@@ -5175,7 +5186,7 @@ class TestTasks:
 
     @slow
     def test_a_sequence_is_classified_by_its_majority(self):
-        """Of 63 tokens, from the first position: its chunk has 16, the others reach it by the EMA."""
+        """Of 63 tokens, from the first position: its chunk has 16, others reach it by the EMA."""
         model = mega.MegaForSequenceClassification(task_config(use_chunking=True, chunk_size=16))
 
         def batch(generator, rows):
@@ -5278,7 +5289,7 @@ class TestTasks:
 
     @slow
     def test_shapes_are_classified_pixel_by_pixel(self):
-        """A square, a cross or a diamond of any size and place in 10 x 10 pixels in a row, by laplace
+        """Squares, crosses, diamonds of any size and place in 10 x 10 pixels in a row, by laplace
         attention and the mean of all positions.
         """
         options = {"num_labels": 3, "mean_pooling": True, "attention_activation": "laplace"}

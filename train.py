@@ -206,7 +206,7 @@ def check_memory(s):
     if needed > memory_of_machine():
         raise UserError(
             f"a step would need at least {needed / 1e9:,.0f} GB of memory, and this machine has "
-            f"{memory_of_machine() / 1e9:,.0f}; make the model, --batch_size or --block_size smaller"
+            f"{memory_of_machine() / 1e9:,.0f}; lower its sizes, --batch_size or --block_size"
         )
 
 

@@ -32,7 +32,7 @@ def short(error: Exception) -> str:
 
 @contextlib.contextmanager
 def reading(problem: str):
-    """Turn whatever a reader raises about a damaged file into one sentence, the `problem` and why."""
+    """Turn whatever a reader raises about a damaged file into one sentence: `problem` and why."""
     try:
         yield
     except (UserError, FileNotFoundError, MemoryError):
@@ -58,9 +58,9 @@ def write_whole(path: Path, content):
 def locked(folder: Path, busy: str, wait: bool = False):
     """Keep a folder for this process; if another has it, say so, and wait for its end or raise.
 
-    Yield what os.stat says of the lock: if it says otherwise later, the folder has been deleted. The
-    system frees the lock when a process dies; of one that was killed this removes the parts of files
-    that it was writing.
+    Yield what os.stat says of the lock: if it says otherwise later, the folder has been deleted.
+    The system frees the lock when a process dies; of one that was killed this removes the parts of
+    files that it was writing.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(folder / "lock")
@@ -80,7 +80,7 @@ def locked(folder: Path, busy: str, wait: bool = False):
 
 
 def set_aside(folder: Path, names: tuple) -> Path | None:
-    """Move those files of an earlier run that are there to folder/previous-1, -2, ..., and return it.
+    """Move those files of an earlier run that are there to folder/previous-1, -2, ...
 
     They have both names before one is taken away, so whenever we are killed they are whole in one
     place.

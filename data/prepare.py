@@ -612,7 +612,7 @@ def prepare(*args, **options) -> Path:
 
 
 def make(folder: Path, made_by: dict):
-    """Write the files of a dataset; meta.json, which tells what they are, is there only with all."""
+    """Write the files of a dataset; meta.json, which tells what they are, comes last."""
     dataset, source = made_by["dataset"], made_by["source"]
     if dataset in WIKITEXT:
         found = wikitext(dataset, source, folder)

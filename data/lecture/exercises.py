@@ -65,7 +65,7 @@ def first_seen(position: int, chunk: int, layers: int) -> int:
 
 
 class SequenceRegression(MegaBase):
-    """One number for each sequence: a linear layer `classifier` on the mean of its last hidden states.
+    """One number for each sequence: a linear `classifier` on the mean of its last hidden states.
 
     Logits are (B, 1), and with labels (B,) the loss is the mean absolute error.
     """
