@@ -4697,6 +4697,7 @@ class TestTrain:
         def deleting(self, *found):
             if self.step == 4:
                 shutil.rmtree(out)
+                self.best = -math.inf  # no model will be better than the one that is gone
             update(self, *found)
 
         monkeypatch.setattr(train.Training, "update", deleting)
