@@ -978,11 +978,11 @@ def train(t: Training):
             if stopped:
                 break
             before = t.progress()
+            seconds_before = t.seconds
             t.update(loss, seconds)
-            speed = t.sequences * s.block_size / max(seconds, 1e-9)
-            bar.update(
-                t.progress(), f"step {t.step}, loss {t.losses[-1]:.3f}, {speed:,.0f} tokens/s"
-            )
+            speed = t.sequences * s.block_size / max(t.seconds - seconds_before, 1e-9)
+            text = f"step {t.step}, loss {t.losses[-1]:.3f}, {speed:,.0f} tokens/s"
+            bar.update(t.progress(), text)
             stopped = t.processes.sum(len(signals))[0] > 0
             if math.floor(before * s.evaluations) < math.floor(t.progress() * s.evaluations):
                 bar.bar.clear()
