@@ -2,6 +2,7 @@
 
     python data/prepare.py wikitext-2            # downloads it (or wikitext-103)
     python data/prepare.py wikitext-2 --source FILE_OR_FOLDER_OR_URL
+    python data/prepare.py shakespeare           # tiny Shakespeare, 1.1 MB (or enwik8, 100 MB)
     python data/prepare.py pydocs                # English that ships with Python, no network
     python data/prepare.py my_text.txt           # a text file, or a folder or zip of them
 
@@ -52,7 +53,9 @@ from data.common import (
     write_whole,
 )
 
-WIKITEXT = {  # addresses in the order to try, size in bytes and sha256 if known, lines of a split
+# Addresses in the order to try; size and sha256 of what they give, if known. A WikiText's files are
+# its splits, each with so many lines. Others are one text of so many bytes, cut by percent.
+PUBLISHED = {
     "wikitext-2": {
         "urls": [
             "https://huggingface.co/datasets/ggml-org/ci/resolve/main/wikitext-2-raw-v1.zip",
@@ -66,15 +69,28 @@ WIKITEXT = {  # addresses in the order to try, size in bytes and sha256 if known
         "urls": ["https://wikitext.smerity.com/wikitext-103-raw-v1.zip"],
         "lines": {"train": 1_801_350, "val": 3_760, "test": 4_358},
     },
+    "shakespeare": {  # cut as in nanoGPT
+        "urls": [
+            "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+        ],
+        "sha256": "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+        "bytes": 1_115_394,
+        "percent": {"train": (0, 90), "val": (90, 100)},
+    },
+    "enwik8": {
+        "urls": ["http://mattmahoney.net/dc/enwik8.zip"],
+        "bytes": 100_000_000,
+        "percent": {"train": (0, 90), "val": (90, 95), "test": (95, 100)},
+    },
 }
 SPLITS = {"train": "train", "val": "valid|val|validation|dev", "test": "test"}
 ENDINGS = {".txt", ".md", ".rst", ".raw", ".tokens", ".text"}  # of text files
 ARCHIVES = {".gz", ".tgz", ".tar", ".bz2", ".xz", ".zst", ".7z", ".rar"}
-VERSION = 2  # of how texts are read; what an older one prepared is made anew
+VERSION = 3  # of how texts are read; what an older one prepared is made anew
 LARGEST_TEXT = 4 << 30  # bytes: a text is read whole
 LARGEST_VOCABULARY = 1 << 20  # tokens
 TAKEN = ("small", "lecture")  # folders in data/ that are no datasets
-TOKENIZERS = ("bpe", "bytes", "gpt2")
+TOKENIZERS = ("auto", "bpe", "bytes", "gpt2")
 # GPT-2's way to cut text into words, written without look-ahead, which rustbpe does not know.
 WORD_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+"
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -260,7 +276,9 @@ TIMEOUT = 20  # seconds without an answer before a download is given up
 
 
 def download(url: str, path: Path, size: int | None = None, sha256: str | None = None):
-    """Fetch a zip into a file, checked; DownloadError, and nothing left, if it is not the one."""
+    """Fetch a file, checked; DownloadError, and nothing left, if it is not the one, or no zip where
+    `path` has that ending.
+    """
     new = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -269,7 +287,7 @@ def download(url: str, path: Path, size: int | None = None, sha256: str | None =
             raise DownloadError(f"{url} has {new.stat().st_size:,} bytes, not {size:,}")
         if sha256 and hashlib.sha256(new.read_bytes()).hexdigest() != sha256:
             raise DownloadError(f"{url} is not the expected file: its sha256 differs")
-        if not zipfile.is_zipfile(new):
+        if path.suffix == ".zip" and not zipfile.is_zipfile(new):
             raise DownloadError(f"{url} gave something else than a zip file")
         os.replace(new, path)
     except (OSError, ValueError, http.client.HTTPException) as error:
@@ -317,7 +335,8 @@ def is_hidden(name: str) -> bool:
 
 
 def is_text(name: str) -> bool:
-    return PurePosixPath(name).suffix.lower() in ENDINGS and not is_hidden(name)
+    path = PurePosixPath(name)
+    return (path.suffix.lower() in ENDINGS or path.name == "enwik8") and not is_hidden(name)
 
 
 def check_exists(source: str):
@@ -326,7 +345,7 @@ def check_exists(source: str):
         return
     if path.exists():  # /dev/zero never ends
         raise UserError(f"{source} is no file and no folder; give a text file, a zip or a folder")
-    near = difflib.get_close_matches(source, [*WIKITEXT, "pydocs"], 1)
+    near = difflib.get_close_matches(source, [*PUBLISHED, "pydocs"], 1)
     hint = f"did you mean {near[0]}?" if near else "give a text file, a zip or a folder"
     raise UserError(f"{source} does not exist; {hint}")
 
@@ -418,8 +437,8 @@ def articles(text: str) -> list[str]:
 
 
 def wikitext(name: str, source: str | None, folder: Path) -> dict[str, list[str]]:
-    about = WIKITEXT[name]
-    texts = split_files(fetch(source, folder) if source else fetch_wikitext(name, folder))
+    about = PUBLISHED[name]
+    texts = split_files(fetch(source, folder) if source else fetch_published(name, folder))
     if not texts:
         raise UserError(
             f"{source or name} has no file named like wiki.train.raw or test.txt; "
@@ -435,11 +454,31 @@ def wikitext(name: str, source: str | None, folder: Path) -> dict[str, list[str]
     return {split: [a for t in found for a in articles(t)] for split, found in texts.items()}
 
 
-def fetch_wikitext(name: str, folder: Path) -> dict[str, bytes]:
-    """The files of the zip, from an earlier download or the first address that has it."""
-    about = WIKITEXT[name]
+def one_text(name: str, source: str | None, folder: Path) -> dict[str, list[str]]:
+    """A published text cut into splits by bytes, as all do who report on it."""
+    about = PUBLISHED[name]
+    files = fetch(source, folder) if source else fetch_published(name, folder)
+    if len(files) != 1:
+        raise UserError(f"{source or name} has several texts, {name} is one: {', '.join(files)}")
+    (content,) = files.values()
+    size = len(content)
+    if size != about["bytes"]:
+        if not source:
+            raise UserError(f"{name}'s download has {size:,} bytes, not {about['bytes']:,}")
+        print(f"note: {source} has {size:,} bytes, {name} {about['bytes']:,}")
+    decode(content, source or name)  # says so if it is no text
+    splits = {}
+    for split, (first, last) in about["percent"].items():
+        part = content[size * first // 100 : size * last // 100]
+        splits[split] = [part.decode("utf-8", "ignore")]  # without a character that is cut
+    return splits
+
+
+def fetch_published(name: str, folder: Path) -> dict[str, bytes]:
+    """The files of an earlier download, or of the first address that has them."""
+    about = PUBLISHED[name]
     errors = []
-    path = folder / "raw.zip"
+    path = folder / f"raw{PurePosixPath(about['urls'][0]).suffix}"
     if not path.exists():
         for url in about["urls"]:
             try:
@@ -449,17 +488,18 @@ def fetch_wikitext(name: str, folder: Path) -> dict[str, bytes]:
                 errors.append(str(error))
         else:
             raise DownloadError("; ".join(errors))
-    return unzip(path)
+    return read_files(path)
 
 
 def fetch(source: str, folder: Path) -> dict[str, bytes]:
-    """The files of a path, or of the zip at a URL, which passes through `folder`."""
+    """The files of a path, or of the zip or text at a URL, which passes through `folder`."""
     if not is_url(source):
         return read_files(Path(source))
-    path = folder / "source.zip"
+    text = PurePosixPath(source).suffix == ".txt"
+    path = folder / f"source{'.txt' if text else '.zip'}"
     download(source, path)
     try:
-        return unzip(path)
+        return read_files(path)
     finally:
         path.unlink()
 
@@ -556,7 +596,7 @@ def prepared(
     source: str | None = None,
     train_split: str = "train",
     val_split: str = "val",
-    tokenizer: str = "bpe",
+    tokenizer: str = "auto",
     vocab_size: int = 4096,
     data_dir: str | Path | None = None,
 ):
@@ -568,7 +608,10 @@ def prepared(
     source = os.path.expanduser(source or "") or None
     if dataset == "pydocs" and source:
         raise UserError(f"pydocs has no source; give {source} as the dataset")
-    known = dataset in WIKITEXT or dataset == "pydocs"
+    known = dataset in PUBLISHED or dataset == "pydocs"
+    if tokenizer == "auto":
+        whole = "percent" in PUBLISHED.get(dataset, {})
+        tokenizer = "bytes" if whole else "bpe"  # as all do who report on these texts
     for split in (train_split, val_split):
         if split not in SPLITS:
             raise UserError(f"a split is {', '.join(SPLITS)}, not {split!r}")
@@ -614,10 +657,14 @@ def prepare(*args, **options) -> Path:
 def make(folder: Path, made_by: dict):
     """Write the files of a dataset; meta.json, which tells what they are, comes last."""
     dataset, source = made_by["dataset"], made_by["source"]
-    if dataset in WIKITEXT:
-        found = wikitext(dataset, source, folder)
+    if dataset == "pydocs":
+        found = pydocs()
+    elif dataset not in PUBLISHED:
+        found = own_text(source or dataset, folder)
+    elif "percent" in PUBLISHED[dataset]:
+        found = one_text(dataset, source, folder)
     else:
-        found = pydocs() if dataset == "pydocs" else own_text(source or dataset, folder)
+        found = wikitext(dataset, source, folder)
     if not any(document.strip() for documents in found.values() for document in documents):
         raise UserError(f"{source or dataset} is empty")
     splits = {}
@@ -647,6 +694,7 @@ def make(folder: Path, made_by: dict):
         write_whole(folder / f"{split}.bin", tokens.tobytes())
         meta["splits"][split] = {
             "documents": len(documents),
+            "characters": sum(len(document) for document in documents),
             "bytes": sum(len(document.encode()) for document in documents),
             # As the WikiText paper counts: the end of a line is a word.
             "words": sum(len(document.split()) + document.count("\n") for document in documents),
@@ -675,11 +723,11 @@ def read_meta(folder: Path) -> dict:
 
 def main():
     parser = Parser(__doc__)
-    parser.add_argument("dataset", help="wikitext-2, wikitext-103, pydocs, or a path")
+    parser.add_argument("dataset", help=f"{', '.join(PUBLISHED)}, pydocs, or a path")
     parser.add_argument("--source", help="where to read it: a file, zip, folder or URL of a zip")
     parser.add_argument("--train_split", default="train", choices=SPLITS)
     parser.add_argument("--val_split", default="val", choices=SPLITS)
-    parser.add_argument("--tokenizer", default="bpe", choices=TOKENIZERS)
+    parser.add_argument("--tokenizer", default="auto", choices=TOKENIZERS)
     parser.add_argument("--vocab_size", type=int, default=4096, help="of bpe (default: 4096)")
     parser.add_argument("--data_dir", default="", help="where data go (default: data/ beside us)")
     start = time.time()
