@@ -34,6 +34,7 @@ import uuid
 import warnings
 import zipfile
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -559,12 +560,11 @@ class DampedEMA(nn.Module):
         gamma = at_least_fp32(self.kernel_projection_matrix)
         return p * beta, 1 - p * delta, gamma / math.sqrt(gamma.shape[-1])
 
-    def forward(self, x: Tensor, mask=None, state=None, mode=None, coefficients=None):
+    def forward(self, x: Tensor, mask=None, state=None, mode=None):
         """Compute SiLU(EMA(x) + omega x) of x (B, L, D); where mask (B, L) is 0 the EMA reads 0.
 
-        `state` (B, D, N) is that before x; `coefficients` is what `coefficients()` returns, if
-        at hand. Returns y (B, L, D) and the last state, which is None if the mode has none and in a
-        bidirectional layer.
+        `state` (B, D, N) is that before x. Returns y (B, L, D) and the last state, which is None if
+        the mode has none and in a bidirectional layer.
         """
         D = self.config.hidden_size
         check_shape("x", x, "B", "L", D)
@@ -573,7 +573,7 @@ class DampedEMA(nn.Module):
         inputs = x if mask is None else x * mask.unsqueeze(-1)
         if self.config.bidirectional:  # the second D channels read from right to left
             inputs = torch.cat([inputs, inputs.flip(1)], dim=-1)
-        u, q, g = coefficients or self.coefficients()
+        u, q, g = self.coefficients()
         wide = torch.promote_types(x.dtype, u.dtype)  # powers of a q near 1 need fp32
         arguments = [t.to(wide) for t in (inputs, u, q, g)]
         with autocast_off(x):
@@ -686,13 +686,14 @@ class SimpleBias(nn.Module):
 
     def forward(self, size: int) -> Tensor:
         """Return the bias at the distances 1 - size ... size - 1 of a key from its query."""
-        # In Hugging Face's tables distance 0 stands at C - 1, or at P - 1 without chunk_size. What
-        # is beyond one end of the table wraps around to the other; up to P positions nothing meets.
-        centre = self.config.max_positions - 1
-        if self.config.chunk_size > 0:
-            centre = self.config.chunk_size - 1
         distance = torch.arange(1 - size, size, device=self.rel_pos_bias.device)
-        return self.rel_pos_bias[(centre + distance) % len(self.rel_pos_bias)]
+        # What is beyond one end of the table wraps around to the other; up to P nothing meets.
+        return self.rel_pos_bias[(centre(self.config) + distance) % len(self.rel_pos_bias)]
+
+
+def centre(config: MegaConfig) -> int:
+    """Return where distance 0 stands in a SimpleBias's table, as in Hugging Face's checkpoints."""
+    return (config.chunk_size if config.chunk_size > 0 else config.max_positions) - 1
 
 
 class RotaryBias(nn.Module):
@@ -731,8 +732,6 @@ def bias_matrix(by_distance: Tensor, first: int, stop: int, keys: int) -> Tensor
     by_distance (2 size - 1) has distance 0 in its middle.
     """
     middle = len(by_distance) // 2
-    if stop - first == 1:  # one query, as in decoding: a slice will do
-        return by_distance[middle - first : middle - first + keys].unsqueeze(0)
     query_position = torch.arange(first, stop, device=by_distance.device).unsqueeze(1)
     key_position = torch.arange(keys, device=by_distance.device)
     return by_distance[key_position - query_position + middle]
@@ -784,7 +783,7 @@ class Dropout(nn.Module):
         self.whole_features = config.use_feature_dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
+        if not self.training or self.p == 0:
             return x
         if self.whole_features:  # at all positions of a sequence
             return x * F.dropout(torch.ones_like(x[:, :1]), self.p)
@@ -831,84 +830,10 @@ def linear(config: MegaConfig, inputs: int, outputs: int) -> nn.Linear:
     return layer
 
 
-def is_plain_linear(layer: nn.Module) -> bool:
-    """Say whether nothing changes what nn.Linear does: no subclass, adapter, hook or pruning."""
-    return (
-        type(layer) is nn.Linear
-        and type(layer.weight) is nn.Parameter
-        and layer.bias is not None
-        and "forward" not in vars(layer)
-        and not layer._forward_hooks
-        and not layer._forward_pre_hooks
-        and not layer._backward_hooks
-        and not layer._backward_pre_hooks
-    )
-
-
-def is_single_vector(x: Tensor) -> bool:
-    """Say whether x is one vector in fp32 on a CPU, as in decoding one sequence."""
-    if torch.is_grad_enabled() or x.numel() != x.shape[-1]:
-        return False
-    if x.dtype != torch.float32 or x.device.type != "cpu":
-        return False
-    return not torch.is_autocast_enabled("cpu")
-
-
-def vector_product(x: Tensor, matrix: Tensor) -> Tensor:
-    """Multiply a single vector x (..., n) with a matrix (n, m), with all threads of the CPU.
-
-    BLAS multiplies a vector with a matrix in one thread. One part of the columns for each thread
-    makes decoding 1.3 times as fast (2 threads).
-    """
-    threads = torch.get_num_threads()
-    inputs, outputs = matrix.shape
-    if outputs % threads:
-        return x @ matrix
-    parts = matrix.view(inputs, threads, -1).transpose(0, 1)  # (threads, n, m / threads)
-    y = torch.bmm(x.view(1, 1, inputs).expand(threads, 1, inputs), parts)
-    return y.view(*x.shape[:-1], outputs)
-
-
-def project(layer: nn.Linear, x: Tensor) -> Tensor:
-    """Return layer(x). Decoding one sequence on a CPU uses all threads."""
-    if is_single_vector(x) and is_plain_linear(layer):
-        return vector_product(x, layer.weight.mT) + layer.bias
-    return layer(x)
-
-
 def mix(residual: Tensor, update: Tensor, candidate: Tensor) -> Tensor:
     """Replace a part of the residual by the candidate (13, 15): gate H + (1 - gate) X."""
     gate = torch.sigmoid(update)
     return residual + gate * (candidate - residual)
-
-
-class StepConstants(NamedTuple):
-    """What every step would compute from the weights alone."""
-
-    coefficients: tuple[Tensor, Tensor, Tensor]  # of the EMA
-    bias: Tensor  # (2 size - 1), at the distances 1 - size ... size - 1
-
-
-class KeyValueBuffer:
-    """Memory for keys and values, with space for later ones, that successive caches share.
-
-    Without it each step would copy all keys and values, and decoding around position 1,000 without
-    chunks would take 1.3 times as long. Only the newest cache may write after the `used` part; an
-    older one, from which a caller branches, gets a buffer of its own.
-    """
-
-    def __init__(self, keys: Tensor, values: Tensor, capacity: int):
-        batch, used, Z = keys.shape
-        self.used = used
-        self.keys = keys.new_empty(batch, capacity, Z)
-        self.values = values.new_empty(batch, capacity, values.shape[2])
-        self.keys[:, :used] = keys
-        self.values[:, :used] = values
-
-    def fits(self, past: int, total: int) -> bool:
-        # Tensors made in inference mode can't be written outside of it.
-        frozen = self.keys.is_inference() and not torch.is_inference_mode_enabled()
-        return self.used == past and total <= self.keys.shape[1] and not frozen
 
 
 class LayerCache(NamedTuple):
@@ -919,28 +844,6 @@ class LayerCache(NamedTuple):
     values: Tensor  # (B, R, V)
     source_keys: Tensor | None = None  # (B, S, Z), of the encoder, for cross-attention
     source_values: Tensor | None = None  # (B, S, D)
-    constants: StepConstants | None = None  # of the weights when the cache began, without gradients
-    buffer: KeyValueBuffer | None = None  # whose memory keys and values are
-
-
-def append(cache: LayerCache, keys: Tensor, values: Tensor, grows: bool):
-    """Return the cached and the new keys (B, R + L, Z) and values (B, R + L, V), and their buffer.
-
-    `grows` says whether a next cache will keep all of them.
-    """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not grows:
-        keys = torch.cat([cache.keys, keys], dim=1)
-        values = torch.cat([cache.values, values], dim=1)
-        return keys, values, None
-    past = cache.keys.shape[1]
-    total = past + keys.shape[1]
-    buffer = cache.buffer
-    if buffer is None or not buffer.fits(past, total):
-        buffer = KeyValueBuffer(cache.keys, cache.values, capacity=2 * total)
-    buffer.keys[:, past:total] = keys
-    buffer.values[:, past:total] = values
-    buffer.used = total
-    return buffer.keys[:, :total], buffer.values[:, :total], buffer
 
 
 class MovingAverageGatedAttention(nn.Module):
@@ -976,49 +879,46 @@ class MovingAverageGatedAttention(nn.Module):
         V = self.config.intermediate_size
         Z = self.config.shared_representation_size
         past = 0 if cache is None else cache.keys.shape[1]
-        total = past + x.shape[1]
-        constants = self.step_constants(cache, total)
-
         residual = x  # the X of (15); all other equations see it normed
         if self.config.normalize_before_mega:
             x = self.norm(x)
-        values = self.value_dropout(self.activation(project(self.v_proj, x)))  # (10): (B, L, V)
+        values = self.value_dropout(self.activation(self.v_proj(x)))  # (10): (B, L, V)
         smooth, ema_state = self.ema_gate(  # (6): (B, L, D)
             x,
             mask=None if mask is None else mask[:, past:],
             state=None if cache is None else cache.ema_state,
-            coefficients=constants.coefficients,
         )
-        projected = project(self.mx_proj, self.dropout(smooth))
+        projected = self.mx_proj(self.dropout(smooth))
         update, shared_and_reset, candidate = projected.split([D, Z + V, D], dim=-1)
         shared, reset = F.silu(shared_and_reset).split([Z, V], dim=-1)  # (7), (12)
         queries = torch.addcmul(self.qk_bias[0], self.qk_weight[0], shared)  # (8): (B, L, Z)
         keys = torch.addcmul(self.qk_bias[1], self.qk_weight[1], shared)  # (9): (B, L, Z)
-        buffer = None
         if cache is not None:
-            grows = use_cache and total < (self.config.attention_limit or math.inf)
-            keys, values, buffer = append(cache, keys, values, grows)  # (B, R + L, ...)
+            keys = torch.cat([cache.keys, keys], dim=1)  # (B, R + L, Z)
+            values = torch.cat([cache.values, values], dim=1)  # (B, R + L, V)
 
-        attended, weights = self.attend(queries, keys, values, mask, constants.bias)  # (11)
-        candidate = self.activation(candidate + project(self.h_proj, attended * reset))  # (14)
+        attended, weights = self.attend(queries, keys, values, mask)  # (11)
+        candidate = self.activation(candidate + self.h_proj(attended * reset))  # (14)
         candidate = self.dropout(candidate)
         y = mix(residual, update, candidate)  # (13), (15)
         if not self.config.normalize_before_mega:
             y = self.norm(y)
         if not use_cache:
             return y, None, weights
-        return y, self.next_cache(ema_state, keys, values, constants, buffer), weights
+        return y, self.next_cache(ema_state, keys, values), weights
 
-    def attend(self, queries, keys, values, mask, bias) -> tuple[Tensor, Tensor]:
+    def attend(self, queries, keys, values, mask) -> tuple[Tensor, Tensor]:
         """Attend from queries (B, L, Z) to the keys and values (B, R + L, ...) of their chunks.
 
-        The queries are those of the last L positions, mask (B, R + L) is False at padding, `bias`
-        is by distance. Returns outputs (B, L, V) and weights (B, K, T, C).
+        The queries are those of the last L positions, mask (B, R + L) is False at padding. Returns
+        outputs (B, L, V) and weights (B, K, T, C).
         """
         batch, length, _ = queries.shape
         total = keys.shape[1]
         past = total - length
         chunk = self.config.attention_limit
+        if chunk is None:
+            self.config.check_length("length", total)
         if chunk is None or total <= chunk:  # one chunk, in which the queries are the last ones
             chunk = total
             first = past
@@ -1035,15 +935,12 @@ class MovingAverageGatedAttention(nn.Module):
         values = split_into_chunks(values, chunk)  # (B K, C, V)
 
         visible = self.visible(queries, first, mask)  # (T, C), (B K, 1 or T, C) or None
-        bias = bias_matrix(bias, first, chunk, chunk)  # (T, C)
+        bias = bias_matrix(self.rel_pos_bias(chunk), first, chunk, chunk)  # (T, C)
         kind = self.config.attention_activation
         weights = attention_weights(queries, keys, bias, visible, kind)  # (B K, T, C)
         weights = weights.view(batch, -1, *bias.shape)  # (B, K, T, C)
         dropped = self.weight_dropout(weights).flatten(0, 1).to(values.dtype)
-        if is_single_vector(dropped):
-            outputs = vector_product(dropped, values[0])
-        else:
-            outputs = (dropped @ values).view(batch, -1, values.shape[-1])  # (B, K T, V)
+        outputs = (dropped @ values).view(batch, -1, values.shape[-1])  # (B, K T, V)
         start = past - first
         return outputs[:, start : start + length], weights
 
@@ -1059,21 +956,7 @@ class MovingAverageGatedAttention(nn.Module):
             visible = causal if visible is None else visible & causal
         return visible
 
-    def step_constants(self, cache: LayerCache | None, length: int) -> StepConstants:
-        """Return the cache's constants, or new ones where it has none or they are too few."""
-        limit = self.config.attention_limit
-        if limit is None:
-            self.config.check_length("length", length)
-        size = 1 << (length - 1).bit_length()  # a power of 2, so that few steps need a new one
-        size = size if limit is None else min(size, limit)
-        if cache is not None and cache.constants is not None and not torch.is_grad_enabled():
-            coefficients, bias = cache.constants
-            if len(bias) < 2 * size - 1:
-                bias = self.rel_pos_bias(size)
-            return StepConstants(coefficients, bias)
-        return StepConstants(self.ema_gate.coefficients(), self.rel_pos_bias(size))
-
-    def next_cache(self, ema_state, keys, values, constants, buffer) -> LayerCache:
+    def next_cache(self, ema_state, keys, values) -> LayerCache:
         """Keep what later positions can see: the open chunk, or all without chunks."""
         if ema_state is None:
             raise ValueError(
@@ -1086,9 +969,7 @@ class MovingAverageGatedAttention(nn.Module):
             closed = length // chunk * chunk
             keys = keys[:, closed:].clone()  # a view would keep the whole tensor allocated
             values = values[:, closed:].clone()
-        if torch.is_grad_enabled():
-            constants = None
-        return LayerCache(ema_state, keys, values, constants=constants, buffer=buffer)
+        return LayerCache(ema_state, keys, values)
 
 
 class GatedCrossAttention(nn.Module):
@@ -1161,8 +1042,8 @@ class NormalizedFeedForward(nn.Module):
         residual = x
         if self.config.normalize_before_ffn:
             x = self.norm(x)
-        hidden = self.hidden_dropout(self.activation(project(self.fc1, x)))  # (B, L, F)
-        y = residual + self.dropout(project(self.fc2, hidden))
+        hidden = self.hidden_dropout(self.activation(self.fc1(x)))  # (B, L, F)
+        y = residual + self.dropout(self.fc2(hidden))
         if not self.config.normalize_before_ffn:
             y = self.norm(y)
         return y
@@ -1259,6 +1140,18 @@ class MegaBase(nn.Module):
     def resize_token_embeddings(self, size: int):
         """Change the vocabulary to `size` tokens in place: cut the last ones or append new ones."""
         resize(self, size)
+
+    def set_chunk_size(self, size: int):
+        """Let attention see chunks of `size` positions, also of more than in training, with which
+        the paper's models predict better (appendix D.4, figure 6). ValueError for a bad size.
+        """
+        config = replace(self.config, use_chunking=True, chunk_size=size)
+        shift = centre(config) - centre(self.config)
+        for module in self.modules():
+            if isinstance(module, SimpleBias):  # distance 0 moves in its table
+                module.rel_pos_bias.data = module.rel_pos_bias.data.roll(shift)
+        self.config.use_chunking = True
+        self.config.chunk_size = size
 
 
 class MegaModel(MegaBase):
@@ -1652,6 +1545,20 @@ class LanguageModel(MegaBase):
         return out._replace(logits=logits if output_logits else None, loss=loss)
 
 
+def is_plain_linear(layer: nn.Module) -> bool:
+    """Say whether nothing changes what nn.Linear does: no subclass, adapter, hook or pruning."""
+    return (
+        type(layer) is nn.Linear
+        and type(layer.weight) is nn.Parameter
+        and layer.bias is not None
+        and "forward" not in vars(layer)
+        and not layer._forward_hooks
+        and not layer._forward_pre_hooks
+        and not layer._backward_hooks
+        and not layer._backward_pre_hooks
+    )
+
+
 def can_slice(features: Tensor, layer: nn.Module) -> bool:
     """Say whether F.linear_cross_entropy computes what calling the layer would."""
     if not hasattr(F, "linear_cross_entropy") or needs_plain_autograd():
@@ -1738,7 +1645,8 @@ class MegaForCausalLM(LanguageModel):
         return self.score(out, self.lm_head, labels, output_logits)
 
     # --------------------------------------------------------------------------- 7 generation
-    # One pass over the prompt makes the cache; from there on each token costs one step.
+    # One pass over the prompt makes the cache; from there on each token costs one step. Where it
+    # can, `decode_step` takes that step, otherwise the model's own forward.
 
     def generate(self, input_ids: Tensor, max_new_tokens: int, temperature=1.0, top_k=None,
                  top_p=None, eos_token_id=None, attention_mask=None, seed=None, stream=None,
@@ -1763,15 +1671,26 @@ class MegaForCausalLM(LanguageModel):
         if seed is not None:
             generator = torch.Generator(ids.device).manual_seed(operator.index(seed))
 
+        if attention_mask is not None and past == 0 and (attention_mask != 0).all():
+            attention_mask = None
         done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
         new_ids = ids
         longest = ids.shape[1] + max_new_tokens
         inputs["use_cache"] = True
+        output = quick_linear(self.lm_head, len(ids))
+        state = None
         with evaluating(self), torch.inference_mode():  # a tenth faster than no_grad
             while ids.shape[1] < longest and not done.all():
-                out = self.mega(new_ids, attention_mask, token_type_ids, cache=cache, **inputs)
-                logits = project(self.lm_head, self.features(out.last_hidden_state[:, -1]))
-                logits = at_least_fp32(logits)
+                if state is not None:
+                    hidden, state = decode_step(self.mega, state, ids[:, -1])
+                else:
+                    out = self.mega(new_ids, attention_mask, token_type_ids, cache=cache, **inputs)
+                    hidden = out.last_hidden_state[:, -1]
+                    attention_mask = None
+                    cache = out.cache
+                    if can_decode(self.mega, cache, inputs):
+                        state = start_decoding(self.mega, cache)
+                logits = at_least_fp32(output(self.features(hidden)))
                 if process is not None:
                     logits = process(ids.clone(), logits)
                     check_shape("processed logits", logits, len(ids), self.config.vocab_size)
@@ -1780,14 +1699,12 @@ class MegaForCausalLM(LanguageModel):
                     filler = self.config.pad_token_id
                     token = token.masked_fill(done, ends[0] if filler is None else filler)
                     done = done | torch.isin(token, ends)
-                ids = torch.cat([ids, token.unsqueeze(1)], dim=1)
+                new_ids = token.unsqueeze(1)
+                ids = torch.cat([ids, new_ids], dim=1)
                 if stream is not None:
                     with torch.inference_mode(False):  # its tokens may be trained on
                         if stream(token.clone()) is True:
                             break
-                new_ids = token.unsqueeze(1)
-                attention_mask = None
-                cache = out.cache
                 if token_type_ids is not None:
                     token_type_ids = token_type_ids[:, -1:]
         return ids.clone()
@@ -1813,6 +1730,196 @@ class MegaForCausalLM(LanguageModel):
                 "one length, or one at a time"
             )
         check_padding(visible, config.attention_limit)
+
+
+class BlockState(NamedTuple):
+    """What a step of a block needs. It writes to the last three, so that a state is used once."""
+
+    u: Tensor  # (D, N), the EMA's
+    q: Tensor
+    g: Tensor
+    omega: Tensor  # (D)
+    bias: Tensor  # (2 room - 1), by distance, as in `bias_matrix`
+    v_proj: Callable
+    mx_proj: Callable
+    h_proj: Callable
+    fc1: Callable
+    fc2: Callable
+    ema_state: Tensor  # (B, D, N)
+    keys: Tensor  # (B, room, Z), of which later positions will take the rest
+    values: Tensor  # (B, room, V)
+
+
+class DecodingState(NamedTuple):
+    """A MegaCache of `length` positions, in the form that `decode_step` reads fastest."""
+
+    blocks: list[BlockState]
+    length: int
+
+
+def can_decode(model: MegaModel, cache: MegaCache, inputs: dict) -> bool:
+    """Say whether `decode_step` does what calling the model would: no padding, no encoder, and
+    no other module, hook or function in the place of one of this file.
+    """
+    config = model.config
+    if config.add_cross_attention or config.add_token_type_embeddings or len(inputs) > 1:
+        return False
+    if cache.mask is not None or autocast_is_on(cache.layers[0].keys):
+        return False
+    for module in model.modules():
+        if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
+            return False
+    words = model.embedding_layer["word_embeddings"]
+    plain = type(model) is MegaModel and type(words) is nn.Embedding
+    return plain and all(is_plain_block(block) for block in model.layers)
+
+
+def is_plain_block(block: nn.Module) -> bool:
+    if type(block) is not MegaBlock or type(block.nffn) is not NormalizedFeedForward:
+        return False
+    layer = block.mega_layer
+    return (
+        type(layer) is MovingAverageGatedAttention
+        and type(layer.ema_gate).forward is DampedEMA.forward
+        and type(layer.norm) is type(block.nffn.norm) is SequenceNorm
+    )
+
+
+def start_decoding(model: MegaModel, cache: MegaCache) -> DecodingState:
+    """Copy a cache, and compute what each step would compute from the weights alone."""
+    batch = len(cache.layers[0].keys)
+    room = model.config.attention_limit or 2 * cache.length
+    blocks = []
+    for block, old in zip(model.layers, cache.layers, strict=True):
+        layer = block.mega_layer
+        state = BlockState(
+            *layer.ema_gate.coefficients(),
+            omega=layer.ema_gate.residual_weight,
+            bias=layer.rel_pos_bias(room),
+            v_proj=quick_linear(layer.v_proj, batch),
+            mx_proj=quick_linear(layer.mx_proj, batch),
+            h_proj=quick_linear(layer.h_proj, batch),
+            fc1=quick_linear(block.nffn.fc1, batch),
+            fc2=quick_linear(block.nffn.fc2, batch),
+            ema_state=old.ema_state.clone(),
+            keys=extended(old.keys, room),
+            values=extended(old.values, room),
+        )
+        blocks.append(state)
+    return DecodingState(blocks, cache.length)
+
+
+def extended(x: Tensor, room: int) -> Tensor:
+    """(B, R, ...) -> (B, room, ...)."""
+    return F.pad(x, (0, 0, 0, room - x.shape[1]))
+
+
+def decode_step(model: MegaModel, state: DecodingState, token: Tensor):
+    """Read one token of each sequence, (B); return hidden states (B, D) and the next state.
+
+    It computes what MegaModel.forward computes with L = 1, without all that only other inputs need.
+    """
+    config = model.config
+    x = model.embedding_layer["word_embeddings"].weight[token]  # (B, D)
+    if config.scale_embedding:
+        x = x * math.sqrt(config.hidden_size)
+    blocks = state.blocks
+    room = blocks[0].keys.shape[1]
+    place = state.length
+    if config.use_chunking:
+        place = place % room  # in its chunk
+    elif place == room:
+        blocks = [with_more_room(*pair) for pair in zip(model.layers, blocks, strict=True)]
+    for block, block_state in zip(model.layers, blocks, strict=True):
+        x = step_layer(block.mega_layer, block_state, x, place)
+        x = step_ffn(block.nffn, block_state, x)
+    x = model.final_norm(x.unsqueeze(1)).squeeze(1)
+    return x, DecodingState(blocks, state.length + 1)
+
+
+def with_more_room(block: MegaBlock, state: BlockState) -> BlockState:
+    room = 2 * state.keys.shape[1]
+    return state._replace(
+        bias=block.mega_layer.rel_pos_bias(room),
+        keys=extended(state.keys, room),
+        values=extended(state.values, room),
+    )
+
+
+def step_layer(layer: MovingAverageGatedAttention, state: BlockState, x: Tensor, place: int):
+    """Apply the layer to x (B, D), at `place` of its chunk; the equations of its forward."""
+    config = layer.config
+    D = config.hidden_size
+    V = config.intermediate_size
+    Z = config.shared_representation_size
+    residual = x
+    if config.normalize_before_mega:
+        x = layer.norm.norm(x)
+    state.values[:, place] = layer.activation(state.v_proj(x))  # (10)
+    wide = x.to(state.u.dtype)
+    state.ema_state.mul_(state.q).addcmul_(state.u, wide.unsqueeze(-1))  # (5)
+    smooth = (state.g * state.ema_state).sum(dim=-1)
+    smooth = F.silu(torch.addcmul(smooth, wide, state.omega)).to(x.dtype)  # (6)
+    update, shared_and_reset, candidate = state.mx_proj(smooth).split([D, Z + V, D], dim=-1)
+    shared, reset = F.silu(shared_and_reset).split([Z, V], dim=-1)  # (7), (12)
+    query_and_key = torch.addcmul(layer.qk_bias, layer.qk_weight, shared.unsqueeze(1))  # (8), (9)
+    query, state.keys[:, place] = query_and_key.unbind(dim=1)  # (B, Z)
+
+    keys = state.keys[:, : place + 1]
+    values = state.values[:, : place + 1]
+    middle = len(state.bias) // 2
+    bias = state.bias[middle - place : middle + 1]
+    kind = config.attention_activation
+    weights = attention_weights(query.unsqueeze(1), keys, bias, None, kind)  # (B, 1, place + 1)
+    attended = vector_product(weights.to(values.dtype), values)  # (11): (B, V)
+    candidate = layer.activation(candidate + state.h_proj(attended * reset))  # (14)
+    y = mix(residual, update, candidate)  # (13), (15)
+    return y if config.normalize_before_mega else layer.norm.norm(y)
+
+
+def step_ffn(ffn: NormalizedFeedForward, state: BlockState, x: Tensor) -> Tensor:
+    """Apply the feed-forward network to x (B, D)."""
+    residual = x
+    if ffn.config.normalize_before_ffn:
+        x = ffn.norm.norm(x)
+    y = residual + state.fc2(ffn.activation(state.fc1(x)))
+    return y if ffn.config.normalize_before_ffn else ffn.norm.norm(y)
+
+
+def quick_linear(layer: nn.Module, batch: int) -> Callable:
+    """Return the layer, or a function that does the same to a single vector, x (1, n), faster."""
+    if not is_plain_linear(layer):
+        return layer
+    weight = layer.weight
+    parts = count_parts(batch, weight)
+    if parts == 1 or len(weight) % parts:
+        return layer
+    matrices = weight.unflatten(0, (parts, -1)).mT  # (parts, n, m / parts)
+    bias = layer.bias
+
+    def apply(x: Tensor) -> Tensor:
+        return torch.bmm(x.expand(parts, 1, -1), matrices).view(1, -1) + bias
+
+    return apply
+
+
+def vector_product(x: Tensor, matrix: Tensor) -> Tensor:
+    """Multiply vectors x (B, 1, n) with matrices (B, n, m): (B, m)."""
+    parts = count_parts(len(x), matrix)
+    if parts == 1 or matrix.shape[-1] % parts:
+        return (x @ matrix).squeeze(1)
+    matrices = matrix[0].view(-1, parts, matrix.shape[-1] // parts).transpose(0, 1)
+    return torch.bmm(x.expand(parts, -1, -1), matrices).view(1, -1)
+
+
+def count_parts(batch: int, matrix: Tensor) -> int:
+    """Return into how many parts to cut a matrix, so that all threads multiply a vector with it.
+
+    On CPUs one thread alone would do it, and decoding would take 1.3 times as long (2 threads).
+    """
+    if batch > 1 or matrix.device.type != "cpu" or matrix.dtype != torch.float32:
+        return 1
+    return torch.get_num_threads()
 
 
 def warn_of_direction(config: MegaConfig, causal: bool, name: str):
@@ -1859,12 +1966,13 @@ def evaluating(model: nn.Module):
 
 def draw(logits: Tensor, temperature: float, top_k, top_p, generator) -> Tensor:
     """Draw one token (B,) for each row of logits (B, vocab_size)."""
-    largest = logits.max(dim=-1, keepdim=True).values
-    if not largest.isfinite().all():  # NaN, which is the largest, or nothing left to draw
-        raise ValueError(f"no token can be drawn of logits up to {largest.flatten().tolist()}")
+    largest, likeliest = logits.max(dim=-1)
+    numbers = largest.tolist()
+    if not all(map(math.isfinite, numbers)):  # NaN, which is the largest, or nothing left to draw
+        raise ValueError(f"no token can be drawn of logits up to {numbers}")
     if temperature == 0 or top_k == 1:
-        return logits.argmax(dim=-1)
-    logits = (logits - largest) / max(temperature, 1e-30)  # at most 0: no overflow
+        return likeliest
+    logits = (logits - largest.unsqueeze(1)) / max(temperature, 1e-30)  # at most 0: no overflow
     if top_k is not None:
         likeliest, tokens = logits.topk(min(top_k, logits.shape[-1]))
         logits = torch.full_like(logits, -math.inf).scatter(-1, tokens, likeliest)

@@ -36,8 +36,11 @@ SMALL = DATA / "small"  # the trained model that comes with the project
 KINDS = {"MegaForCausalLM": MegaForCausalLM, "MegaForMaskedLM": MegaForMaskedLM}
 
 
-def load_model(source: str | Path):
-    """The language model of a folder or hub id, in eval mode, and its tokenizer."""
+def load_model(source: str | Path, chunk_size: int = 0):
+    """The language model of a folder or hub id, in eval mode, and its tokenizer.
+
+    With chunk_size, attention sees chunks of so many tokens, not of as many as in training.
+    """
     try:
         config = read_json(find_file(str(source), "config.json"))
         kind = "MegaForCausalLM" if config.get("is_decoder") else "MegaForMaskedLM"
@@ -45,6 +48,8 @@ def load_model(source: str | Path):
         if kind not in KINDS:
             raise UserError(f"{source} is a {kind}; sample.py needs a {' or a '.join(KINDS)}")
         model = KINDS[kind].from_pretrained(str(source))
+        if chunk_size:
+            model.set_chunk_size(chunk_size)
     except FileNotFoundError as error:
         mend = "python train.py makes one, --model names another"
         raise UserError(f"there is no checkpoint in {source} ({error}); {mend}") from None
@@ -175,6 +180,8 @@ def main():
     parser.add_argument("--top_p", type=float, help="draw from the likeliest that hold this much")
     parser.add_argument("--seed", type=int, default=1337, help="default: 1337")
     parser.add_argument("--num_samples", type=int, default=1, help="default: 1")
+    help_chunk = "tokens that attention sees at most (default: as in training)"
+    parser.add_argument("--chunk_size", type=int, default=0, help=help_chunk)
     parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: auto)")
     options = vars(parser.parse_args())
     top_k, top_p, temperature = options["top_k"], options["top_p"], options["temperature"]
@@ -182,6 +189,7 @@ def main():
         ("num_samples", options["num_samples"] >= 1, "at least 1"),
         ("seed", 0 <= options["seed"] < 1 << 63, "from 0 to 2^63 - 1"),
         ("max_new_tokens", options["max_new_tokens"] >= 0, "0 or more"),
+        ("chunk_size", options["chunk_size"] >= 0, "0 or more"),
         ("temperature", 0 <= temperature < float("inf"), "0 or more"),
         ("top_k", top_k is None or top_k >= 1, "at least 1"),
         ("top_p", top_p is None or 0 < top_p <= 1, "above 0 and at most 1"),
@@ -193,7 +201,7 @@ def main():
     warnings.showwarning = lambda message, *_: note(message)
     source = options.pop("model")
     source = find_out() if source is None else os.path.expanduser(source)
-    model, codec = load_model(source)
+    model, codec = load_model(source, options.pop("chunk_size"))
     model.to(device)
 
     def write(text: str):

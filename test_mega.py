@@ -282,12 +282,6 @@ def reference_bias(layer, distance: int, length: int) -> torch.Tensor:
     return (alpha.conj() * b * torch.exp(1j * angle)).real.sum()
 
 
-def attend(layer, queries, keys, values, mask=None):
-    """The layer's attention with its own bias."""
-    bias = layer.step_constants(None, keys.shape[1]).bias
-    return layer.attend(queries, keys, values, mask, bias)
-
-
 class LowRank(torch.nn.Module):
     """An adapter in an output layer's place."""
 
@@ -800,7 +794,8 @@ WRONG_FLAGS = {
         "--threads=-2": "--threads must be 0 or more, got -2",
         "--seed=-1": "--seed must be 0 or more, got -1",
         "--seed=99999999999999999999": "--seed must be 0 or more, got 99999999999999999999",
-        "--tokenizer=words": "--tokenizer must be one of bpe, bytes, gpt2, got 'words'",
+        "--tokenizer=words": "--tokenizer must be one of auto, bpe, bytes, gpt2, got 'words'",
+        "--eval_chunk_size=-1": "--eval_chunk_size must be 0 or more, got -1",
         "--vocab_size=3": "vocab_size must be from 257",
         "--vocab_size=99999999": "vocab_size must be from 257",
         "--train_split=best": "a split is train, val, test, not 'best'",
@@ -1763,9 +1758,9 @@ class TestAttention:
         k, v = randn(seed, 2, past + length, 6), randn(seed + 1, 2, past + length, 12)
         q = randn(seed + 2, 2, past + length, 6)
         mask = torch.rand(2, past + length, generator=torch.Generator().manual_seed(seed)) > 0.2
-        found, _ = attend(layer, q[:, past:], k, v, mask)
+        found, _ = layer.attend(q[:, past:], k, v, mask)
         parts = [
-            attend(layer, *(t[:, start : start + chunk] for t in (q, k, v, mask)))[0]
+            layer.attend(*(t[:, start : start + chunk] for t in (q, k, v, mask)))[0]
             for start in range(0, past + length, chunk)
         ]
         close(found, torch.cat(parts, 1)[:, past:], 1e-12)
@@ -1809,17 +1804,45 @@ class TestAttention:
         middle = table(5)[4]
         assert middle == table.rel_pos_bias[7]
 
+    @given(seeds, st.integers(1, 20), st.integers(1, 9), st.integers(1, 9), biases, attentions)
+    @torch.no_grad()
+    def test_a_chunk_size_can_change_after_training(self, seed, length, old, new, bias, attention):
+        """Distances keep their biases: one chunk is what it was, several are as if built so."""
+        options = {"relative_positional_bias": bias, "attention_activation": attention}
+        model = causal_lm(use_chunking=True, chunk_size=old, max_positions=9, **options)
+        ids = token_ids(seed, 2, length)
+        before = {name: x.clone() for name, x in model.state_dict().items()}
+        short = ids[:, : min(old, new)]
+        expected = model(short).logits
+        model.set_chunk_size(new)
+        close(model(short).logits, expected)
+        parts = [  # of a bias that knows distances, each chunk sees what a chunk alone would
+            model.mega.layers[0].mega_layer.attend(q, q, q, None)[0]
+            for q in randn(seed, 2, length, 6).split(new, dim=1)
+        ]
+        whole = model.mega.layers[0].mega_layer.attend(*[randn(seed, 2, length, 6)] * 3, None)[0]
+        close(whole, torch.cat(parts, dim=1))
+        unchunked = causal_lm(max_positions=9, chunk_size=new, **options)
+        unchunked.load_state_dict(model.state_dict())
+        close(model(ids[:, :new]).logits, unchunked(ids[:, :new]).logits)
+        model.set_chunk_size(old)
+        assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+        for wrong in (0, -1, 2.5, *([10] if bias == "simple" else [])):
+            with pytest.raises(ValueError, match="chunk_size|max_positions"):
+                model.set_chunk_size(wrong)
+            assert model.config.chunk_size == old
+
     @given(seeds, st.integers(1, 4), st.integers(1, 9), st.integers(1, 3))
     @torch.no_grad()
     def test_a_product_in_parts_is_the_product(self, seed, parts, inputs, outputs):
-        x = randn(seed, 1, 1, inputs, dtype=torch.float32)
+        x = randn(seed, 1, inputs, dtype=torch.float32)
         layer = torch.nn.Linear(inputs, 4 * outputs)
-        matrix = randn(seed, inputs, 5 * outputs, dtype=torch.float32)
+        matrix = randn(seed, 1, inputs, 5 * outputs, dtype=torch.float32)
         with unittest.mock.patch.object(torch, "get_num_threads", lambda: parts):
-            close(mega.project(layer, x), F.linear(x, layer.weight, layer.bias), 1e-6)
-            close(mega.vector_product(x, matrix), x @ matrix, 1e-6)
+            close(mega.quick_linear(layer, 1)(x), F.linear(x, layer.weight, layer.bias), 1e-6)
+            close(mega.vector_product(x.unsqueeze(1), matrix), x @ matrix[0], 1e-6)
             layer.register_forward_hook(lambda *_: x * 0)
-            assert not mega.project(layer, x).any()  # a layer with a hook is called
+            assert not mega.quick_linear(layer, 1)(x).any()  # a layer with a hook is called
 
     def test_nothing_of_size_l_by_l_when_chunking(self, monkeypatch):
         sizes = []
@@ -1849,7 +1872,7 @@ class TestAttention:
         y.sum().backward()
         assert torch.isfinite(y).all() and torch.isfinite(x.grad).all()
         q = randn(seed, 3, length, 6)
-        seen, _ = attend(layer, q, q, randn(seed, 3, length, 12), mask)
+        seen, _ = layer.attend(q, q, randn(seed, 3, length, 12), mask)
         assert not seen[0].any()
 
     def test_laplace_meets_relu2_in_value_and_slope_and_is_bounded(self):
@@ -2262,7 +2285,7 @@ class TestCache:
     @given(
         seeds, st.integers(1, 12), st.integers(1, 9), chunkings, biases, attentions, st.booleans()
     )
-    def test_steps_with_a_cache_equal_the_whole_row_and_compute_its_constants_once(
+    def test_steps_with_a_cache_equal_the_whole_row(
         self, seed, length, new, chunking, bias, attention, crosses
     ):
         options = {"relative_positional_bias": bias, "attention_activation": attention, **chunking}
@@ -2271,17 +2294,14 @@ class TestCache:
         encoder = {"encoder_hidden_states": randn(seed, 2, 5, 8)} if crosses else {}
         whole = model(ids, **encoder, use_cache=False).logits
         cache = model(ids[:, :length], **encoder, use_cache=True).cache
-        constants = cache.layers[0].constants
         for t in range(length, length + new):
             out = model(ids[:, t : t + 1], cache=cache)
             close(out.logits, whole[:, t : t + 1], 1e-6)
             cache = out.cache
-            assert cache.layers[0].constants.coefficients is constants.coefficients
 
     @torch.no_grad()
     @given(seeds, st.integers(1, 9), st.lists(st.integers(1, 3), min_size=2, max_size=5), chunkings)
     def test_a_kept_cache_can_be_continued_many_times(self, seed, length, steps, chunking):
-        """Branches share memory, and none of them changes what another one sees."""
         model = shared_lm(**chunking)
         ids = token_ids(seed, 2, length)
         branches = [(ids, model(ids, use_cache=True).cache)]
@@ -2300,7 +2320,6 @@ class TestCache:
     def test_a_cache_with_gradients_carries_them_and_follows_the_weights(self):
         model, ids = causal_lm(use_chunking=True, chunk_size=4), token_ids(0, 1, 9)
         cache = model(ids[:, :6], use_cache=True).cache
-        assert cache.layers[0].constants is None
         found = model(ids[:, 6:], cache=cache).logits
         expected = model(ids).logits[:, 6:]
         parameters = [p for n, p in model.named_parameters() if "ema_gate" in n]
@@ -2802,8 +2821,10 @@ class TestGenerate:
                 ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
         assert torch.equal(found, ids)
 
-    def test_generation_streams_and_never_recomputes_the_prefix(self, monkeypatch):
+    @pytest.mark.parametrize("plain", [True, False])
+    def test_generation_streams_and_never_recomputes_the_prefix(self, monkeypatch, plain):
         model, ids, pieces, lengths = causal_lm(), token_ids(0, 2, 7), [], []
+        monkeypatch.setattr(mega, "can_decode", lambda *_: plain)
         forward = model.mega.forward
         monkeypatch.setattr(model.mega, "forward", lambda ids, *a, **k: (
             lengths.append(ids.shape[1]), forward(ids, *a, **k))[1])  # fmt: skip
@@ -2811,7 +2832,7 @@ class TestGenerate:
         found = model.generate(ids, 5, seed=3, stream=pieces.append)
         assert model.training and not model.mega.layers[0].training
         model.eval()
-        assert lengths == [7, 1, 1, 1, 1]
+        assert lengths == [7] if plain else [7, 1, 1, 1, 1]
         assert torch.equal(torch.stack(pieces, 1), found[:, 7:])
         assert torch.equal(found, model.generate(ids, 5, seed=3))
         assert not torch.equal(found, model.generate(ids, 5, seed=4))
@@ -2997,9 +3018,107 @@ class TestGenerate:
         counting = lambda self: made.append(self) or coefficients(self)
         monkeypatch.setattr(mega.DampedEMA, "coefficients", counting)
         ids = model.generate(token_ids(0, 2, 5), 9, 0)
-        assert len(made) == 2  # of both layers, once for all steps
+        assert len(made) == 4  # of both layers, once for the prompt and once for all steps
         assert not ids.is_inference()  # it may be trained on
         close(torch.stack(seen, 1).clone(), model(ids).logits[:, 4:-1].detach(), 1e-6)
+
+    @torch.no_grad()
+    @given(
+        seeds, st.integers(1, 12), st.integers(1, 2), chunkings, biases, attentions,
+        st.sampled_from(sorted(mega.NORMS)), st.booleans(), st.sampled_from(["silu", "linear"]),
+        st.sampled_from([torch.float32, torch.float64, torch.bfloat16]), st.integers(1, 3),
+    )  # fmt: skip
+    def test_a_decoding_step_computes_what_the_model_computes(
+        self,
+        seed,
+        length,
+        rows,
+        chunking,
+        bias,
+        attention,
+        norm,
+        before,
+        act,
+        dtype,
+        threads,
+    ):
+        model = causal_lm(
+            seed, relative_positional_bias=bias, attention_activation=attention,
+            activation=act, normalization_type=norm, normalize_before_mega=before,
+            normalize_before_ffn=before, final_norm=before, scale_embedding=True, **chunking,
+        ).to(dtype).mega  # fmt: skip
+        ids = token_ids(seed, rows, length + 9)
+        cache = model(ids[:, :length], use_cache=True).cache
+        kept = [t.clone() for layer in cache.layers for t in layer[:3]]
+        assert mega.can_decode(model, cache, {"use_cache": True})
+        with unittest.mock.patch.object(torch, "get_num_threads", lambda: threads):
+            state = mega.start_decoding(model, cache)
+            following = cache
+            for t in range(length, length + 9):
+                out = model(ids[:, t : t + 1], cache=following)
+                following = out.cache
+                found, state = mega.decode_step(model, state, ids[:, t])
+                tolerance = {torch.float32: 1e-5, torch.float64: 1e-10, torch.bfloat16: 0.1}[dtype]
+                close(found, out.last_hidden_state[:, 0], tolerance)
+        assert state.length == following.length == length + 9
+        assert all(map(torch.equal, kept, (t for layer in cache.layers for t in layer[:3])))
+
+    @pytest.mark.parametrize("change", [
+        "hook", "forward", "layer", "average", "feed-forward", "mask", "types", "encoder",
+        "autocast", "no feed-forward", "adapter", "norm", "embedding",
+    ])  # fmt: skip
+    def test_generation_of_a_changed_model_is_that_of_its_forward(self, monkeypatch, change):
+        """Whatever is put in a module's place takes part in every step."""
+        settings = {
+            "types": {"add_token_type_embeddings": True},
+            "encoder": {"add_cross_attention": True},
+            "no feed-forward": {"use_normalized_ffn": False},
+        }
+        model, ids = causal_lm(**settings.get(change, {})), token_ids(0, 2, 5)
+        inputs = {}
+        layer = model.mega.layers[1].mega_layer
+        twice = lambda *found: (found[-1][0] * 2, *found[-1][1:])
+        if change == "hook":
+            layer.register_forward_hook(lambda module, inputs, found: twice(found))
+        elif change == "forward":
+            forward = layer.forward
+            layer.forward = lambda *a, **k: twice(forward(*a, **k))
+        elif change in ("layer", "average", "feed-forward"):
+            name = {"layer": "mega_layer", "average": "ema_gate", "feed-forward": "nffn"}[change]
+            place = layer if change == "average" else model.mega.layers[1]
+            old = getattr(place, name)
+
+            class Other(type(old)):
+                def forward(self, *a, **k):
+                    found = super().forward(*a, **k)
+                    return found * 2 if torch.is_tensor(found) else twice(found)
+
+            old.__class__ = Other
+        elif change == "mask":
+            inputs["attention_mask"] = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]])
+        elif change == "types":
+            inputs["token_type_ids"] = torch.ones_like(ids)
+        elif change == "encoder":
+            inputs["encoder_hidden_states"] = randn(0, 2, 3, 8)
+        elif change == "norm":
+            layer.norm = torch.nn.RMSNorm(8).double()
+        elif change == "embedding":
+            model.mega.embedding_layer["word_embeddings"] = torch.nn.Sequential(
+                model.mega.embedding_layer["word_embeddings"], torch.nn.Linear(8, 8).double()
+            )
+        elif change == "adapter":
+            layer.v_proj = LowRank(layer.v_proj).double()
+        draw, seen = mega.draw, []
+        monkeypatch.setattr(mega, "draw", lambda x, *a: seen.append(x) or draw(x, *a))
+        with torch.autocast("cpu", torch.bfloat16, enabled=change == "autocast"):
+            if change == "autocast":
+                model.float()
+            model.generate(ids, 9, 0, **inputs)
+            found = torch.stack(seen)
+            seen.clear()
+            monkeypatch.setattr(mega, "can_decode", lambda *_: False)
+            model.generate(ids, 9, 0, **inputs)
+        close(found.clone(), torch.stack(seen).clone(), 1e-10)
 
     def test_a_chunked_model_generates_with_a_cache_that_does_not_grow(self):
         model, ids = shared_lm(use_chunking=True, chunk_size=8).float(), token_ids(0, 1, 3)
@@ -3628,21 +3747,61 @@ async def function():
     ):
         urls = [server.url("missing.zip"), server.url("half.zip"), server.url("good.zip")]
         known = {"urls": urls, "lines": {"train": 45, "val": 45, "test": 45}}
-        monkeypatch.setitem(prepare.WIKITEXT, "wikitext-2", known | {"sha256": "0" * 64})
+        monkeypatch.setitem(prepare.PUBLISHED, "wikitext-2", known | {"sha256": "0" * 64})
         with pytest.raises(prepare.DownloadError, match="sha256"):
             prepare.prepare("wikitext-2")
         monkeypatch.setitem(
-            prepare.WIKITEXT, "wikitext-2", known | {"lines": known["lines"] | {"train": 1}}
+            prepare.PUBLISHED, "wikitext-2", known | {"lines": known["lines"] | {"train": 1}}
         )
         with pytest.raises(
             common.UserError, match=r"other lines than it should: train 45 \(not 1\)"
         ):
             prepare.prepare("wikitext-2")
-        monkeypatch.setitem(prepare.WIKITEXT, "wikitext-2", known)
+        monkeypatch.setitem(prepare.PUBLISHED, "wikitext-2", known)
         asked = len(server.agents)
         folder = prepare.prepare("wikitext-2", vocab_size=300)
         assert len(server.agents) == asked  # the zip that was downloaded before is used
         assert prepare.read_meta(folder)["splits"]["val"]["documents"] == 3
+
+    @pytest.mark.parametrize("zipped", [True, False])
+    @pytest.mark.parametrize("name", ["shakespeare", "enwik8"])
+    def test_a_published_text_is_cut_by_bytes_and_read_a_byte_at_a_time(
+        self, name, zipped, data, monkeypatch
+    ):
+        text = "Was heißt das? 猫\r\n" * 50 + "ü" * 75  # ends and line ends stay as they are
+        content = text.encode()
+        served = zipfile_of({name: content}) if zipped else content
+        if zipped and name == "shakespeare":
+            served = zipfile_of({"input.txt": content})
+        with Server(served) as server:
+            url = server.url("text.zip" if zipped else "text.txt")
+            known = prepare.PUBLISHED[name] | {"urls": [url], "bytes": len(content), "sha256": None}
+            monkeypatch.setitem(prepare.PUBLISHED, name, known | {"bytes": 7})
+            with pytest.raises(common.UserError, match=r"has 1,\d\d\d bytes, not 7"):
+                prepare.prepare(name)
+            monkeypatch.setitem(prepare.PUBLISHED, name, known)
+            folder = prepare.prepare(name)
+            assert len(server.agents) == 1  # the file that was downloaded before is used
+            server.shutdown()
+        splits = prepare.read_meta(folder)["splits"]
+        cuts = [0, 90, 100] if name == "shakespeare" else [0, 90, 95, 100]
+        cuts = [len(content) * cut // 100 for cut in cuts]
+        for split, first, last in zip(splits, cuts[:-1], cuts[1:], strict=True):
+            ids = np.fromfile(folder / f"{split}.bin", "uint8")
+            part = content[first:last].decode("utf-8", "ignore")  # without characters cut in two
+            assert ids[0] == 0 and ids[1:].tobytes() == part.encode()
+            counts = splits[split]
+            assert counts["characters"] == len(part) and counts["bytes"] == len(part.encode())
+
+    def test_a_published_text_can_come_from_a_file_and_be_another(self, data, tmp_path, capsys):
+        source = tmp_path / "mine.txt"
+        source.write_text("abc " * 100, encoding="utf-8")
+        folder = prepare.prepare("shakespeare", str(source))
+        assert "has 400 bytes, shakespeare 1,115,394" in capsys.readouterr().out
+        assert [*prepare.read_meta(folder)["splits"]] == ["train", "val"]
+        (tmp_path / "two.txt").write_text("more", encoding="utf-8")
+        with pytest.raises(common.UserError, match="several texts, shakespeare is one"):
+            prepare.prepare("shakespeare", str(tmp_path))
 
     def test_robertas_words_are_cut_as_gpt2s_are(self, roberta):
         _, tokens, codec = roberta
@@ -3952,6 +4111,14 @@ class TestTrain:
         assert call(train.main, *arguments, "--eval_only", "--contexts=9", "--val_split=test") == 0
         assert capsys.readouterr().out.count("tokens predicted") == 1  # the test split is val now
         assert f"{counts['tokens'] - 1:,} tokens predicted, {counts['bytes']:,} bytes" in lines[2]
+        model, _ = sample.load_model(out)
+        model.set_chunk_size(3)
+        run = training(*arguments)
+        expected = train.evaluate(model, run.corpus, "val", "9", run.autocast)
+        capsys.readouterr()
+        flags = ["--eval_only", "--contexts=9", "--eval_chunk_size=3"]
+        assert call(train.main, *arguments, *flags) == 0
+        assert capsys.readouterr().out.splitlines()[-1] == train.report("val", expected)
 
     @pytest.mark.parametrize("at_once", [8, 24, 8192])
     @pytest.mark.parametrize("chunk", [7, 8])
@@ -4320,19 +4487,22 @@ class TestTrain:
 
     @pytest.mark.parametrize("shape", [(12, 12), (20, 8), (8, 20), (1, 9)])
     def test_muons_step_is_orthogonal_and_that_of_torch(self, shape):
-        matrix = randn(0, *shape, dtype=torch.float32)
-        singular = torch.linalg.svdvals(train.orthogonalize(matrix))
+        matrices = [randn(i, *shape, dtype=torch.float32) for i in range(2)]  # one step for both
+        matrices.append(randn(2, 7, 5, dtype=torch.float32))
+        singular = torch.linalg.svdvals(train.orthogonalize(torch.stack(matrices[:2])))
         assert 0.5 < singular.min() and singular.max() < 1.3
         options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.2}
         found = []
         for optimizer in (train.Muon, getattr(torch.optim, "Muon", train.Muon)):
-            p = torch.nn.Parameter(matrix.clone())
-            steps = optimizer([p], **options)
+            parameters = [torch.nn.Parameter(matrix.clone()) for matrix in matrices]
+            steps = optimizer(parameters, **options)
             for i in range(4):
-                p.grad = randn(i + 1, *shape, dtype=torch.float32)
+                for k, p in enumerate(parameters):
+                    p.grad = 10**k * randn(10 * i + k, *p.shape, dtype=torch.float32)
                 steps.step()
-            found.append(p.detach())
-        assert (found[0] - found[1]).abs().max() < 0.02  # torch's computes in bfloat16
+            found.append([p.detach() for p in parameters])
+        for ours, theirs in zip(*found, strict=True):
+            assert (ours - theirs).abs().max() < 0.02  # torch's computes in bfloat16
 
     def test_bfloat16_is_chosen_where_its_products_take_less_time(self, monkeypatch):
         cpu = torch.device("cpu")
@@ -4470,7 +4640,8 @@ class TestTrain:
             "fc2",
         }
         assert sorted(decaying + rest) == sorted(names.values())
-        assert {n: rates[n] for n in rest} == {n: 0.125 if "ema_gate" in n else 0.5 for n in rest}
+        own = re.compile(r"ema_gate|\.qk_|rel_pos_bias")
+        assert {n: rates[n] for n in rest} == {n: 0.125 if own.search(n) else 0.5 for n in rest}
         assert len({rates[name] for name in rest}) == 2
         assert {rates[name] for name in decaying} == {0.25 if optimizer == "muon" else 0.5}
 
@@ -4496,7 +4667,9 @@ class TestTrain:
             assert run.losses[-1] == pytest.approx(np.mean(nats), rel=1e-5)
             factor = train.learning_rate_factor(run.settings, step / 6)
             rates = [group["lr"] for o in run.optimizers for group in o.param_groups]
-            assert rates == pytest.approx([peak * factor for peak in (2e-3, 2e-3, 0.02)])
+            s = run.settings
+            peaks = (s.learning_rate, s.ema_learning_rate, s.muon_learning_rate)
+            assert rates == pytest.approx([peak * factor for peak in peaks])
 
     def test_momentum_betas_and_the_largest_gradient_are_those_set(
         self, corpus, data, tmp_path, monkeypatch
@@ -4981,13 +5154,13 @@ class TestTrain:
     ):
         """But only where nobody has named a dataset."""
         known = {"urls": ["http://127.0.0.1:9/none.zip"], "lines": {}}
-        monkeypatch.setitem(prepare.WIKITEXT, "wikitext-2", known)
+        monkeypatch.setitem(prepare.PUBLISHED, "wikitext-2", known)
         s = train.read_settings([*TINY, f"--out_dir={tmp_path}"])
         with train.find_data(s) as folder:
             assert folder == data / "pydocs"
         said = capsys.readouterr().out
         assert said.count("\n") == 1 and "wikitext-2 can't be downloaded" in said
-        monkeypatch.setitem(prepare.WIKITEXT, "wikitext-103", known)
+        monkeypatch.setitem(prepare.PUBLISHED, "wikitext-103", known)
         for name in ("wikitext-2", "wikitext-103"):
             assert call(train.main, *TINY, f"--dataset={name}", f"--out_dir={tmp_path}") == 2
             caught = capsys.readouterr()
@@ -5040,6 +5213,15 @@ class TestSample:
         )
         assert capsys.readouterr().out.count(prompt) == 2
         assert call(sample.main, "--prompt", "", "--out_dir", out, "--max_new_tokens=3") == 0
+        seen = []
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                sample, "continue_text", lambda m, *_, **__: seen.append(m.config.chunk_size)
+            )
+            for flag in ("--chunk_size=3", "--chunk_size=0"):
+                assert call(sample.main, f"--model={out}", "--prompt=The", flag) == 0
+        capsys.readouterr()
+        assert seen == [3, 8]
         model, codec = sample.load_model(out)
         pieces = []
         sample.continue_text(model, codec, prompt, pieces.append, max_new_tokens=7, temperature=0)

@@ -61,7 +61,7 @@ from data.prepare import (
     read_meta,
     save_tokenizer,
 )
-from mega import DampedEMA, MegaConfig, MegaForCausalLM, evaluating, unpickle
+from mega import MegaConfig, MegaForCausalLM, evaluating, unpickle
 from sample import continue_text, load_model
 
 # files
@@ -69,18 +69,18 @@ out_dir = "out"  # folder of the checkpoints and the log
 resume = False  # continue from out_dir/last.pt
 eval_only = False  # evaluate out_dir's best model on val and test, and stop
 # data
-dataset = "auto"  # wikitext-2, wikitext-103, pydocs, a path; auto: wikitext-2, offline pydocs
+dataset = "auto"  # a path, or one of data/prepare.py's; auto: wikitext-2, offline pydocs
 data_dir = ""  # folder for the prepared datasets; empty: data/ beside this file
-source = ""  # read WikiText from this folder, zip or URL of a zip instead of downloading it
+source = ""  # a folder, file, zip or URL from which to read the dataset instead of downloading it
 train_split = "train"  # the split of the source to train on
 val_split = "val"  # the split to evaluate on
-tokenizer = "bpe"  # bpe (trained on the text), bytes, or gpt2 (a download)
+tokenizer = "auto"  # bpe, bytes or gpt2 (a download); auto: bytes for shakespeare and enwik8
 vocab_size = 2048  # tokens of bpe
 # model
 n_layer = 4  # blocks
 n_embd = 160  # D
-intermediate_size = 320  # V, width of the values
-nffn_hidden_size = 320  # F, width of the feed-forward network
+intermediate_size = 0  # V, width of the values; 0: 2 n_embd
+nffn_hidden_size = 0  # F, width of the feed-forward network; 0: 2 n_embd
 shared_size = 64  # Z, width of queries and keys
 ema_size = 16  # N, EMA states of a channel
 chunk_size = 128  # C, attention sees this many tokens; 0: block_size
@@ -97,9 +97,9 @@ block_size = 512  # tokens of a sequence: the context in training
 gradient_accumulation_steps = 1  # forward passes of a step, shared by all processes
 max_iters = 10000  # steps at most
 max_minutes = 8.5  # minutes of training at most; 0: no limit, and resumes that are exact
-learning_rate = 2e-3  # AdamW's highest, after the warm-up
-ema_learning_rate = 2e-3  # AdamW's for the parameters of moving averages
-muon_learning_rate = 0.02  # Muon's
+learning_rate = 5e-3  # AdamW's highest, after the warm-up
+ema_learning_rate = 2e-2  # AdamW's for averages, scales of queries and keys, position biases
+muon_learning_rate = 0.04  # Muon's
 min_lr_fraction = 0.02  # fraction of the rates left at the end
 warmup_fraction = 0.02  # part of the training in which they rise
 weight_decay = 0.1  # of the matrices of linear layers
@@ -111,6 +111,7 @@ grad_clip = 1.0  # the gradient's largest norm; 0: any
 evaluations = 10  # spread over the training
 save_interval = 100  # steps between checkpoints; each evaluation makes one, too
 contexts = "512,carried,sliding"  # of the last evaluation: lengths of windows, or see `evaluate`
+eval_chunk_size = 0  # of attention with eval_only; 0: as in training
 sample_tokens = 100  # length of the sample at each evaluation; 0: none
 # machine
 device = "auto"  # cpu, cuda, cuda:1, mps; auto: cuda if there is one
@@ -133,11 +134,12 @@ MOST = 1 << 63
 RULES = (  # names, the rule in words, the rule as a function
     ("batch_size block_size max_iters evaluations", "at least 1", lambda x: 1 <= x < MOST),
     ("save_interval n_layer n_embd", "at least 1", lambda x: 1 <= x < MOST),
-    ("intermediate_size nffn_hidden_size shared_size", "at least 1", lambda x: 1 <= x < MOST),
-    ("ema_size", "at least 1", lambda x: 1 <= x < MOST),
+    ("intermediate_size nffn_hidden_size", "0 or more", lambda x: 0 <= x < MOST),
+    ("shared_size ema_size", "at least 1", lambda x: 1 <= x < MOST),
     ("gradient_accumulation_steps", "at least 1", lambda x: x >= 1),
     ("gradient_accumulation_steps", "at most 65536", lambda x: x <= 65536),
-    ("chunk_size max_minutes weight_decay", "0 or more", lambda x: 0 <= x < MOST),
+    ("chunk_size eval_chunk_size", "0 or more", lambda x: 0 <= x < MOST),
+    ("max_minutes weight_decay", "0 or more", lambda x: 0 <= x < MOST),
     ("grad_clip sample_tokens seed threads", "0 or more", lambda x: 0 <= x < MOST),
     ("threads", "at most 1024", lambda x: x <= 1024),
     ("gate_bias", "finite", math.isfinite),
@@ -161,8 +163,8 @@ ALSO_CALLED = {
 # What a resumed run may change; what it has otherwise is in its checkpoint.
 CHANGEABLE = """
     out_dir resume eval_only dataset data_dir source max_iters max_minutes evaluations save_interval
-    contexts sample_tokens device dtype compile threads learning_rate ema_learning_rate
-    muon_learning_rate min_lr_fraction warmup_fraction grad_clip
+    contexts eval_chunk_size sample_tokens device dtype compile threads learning_rate
+    ema_learning_rate muon_learning_rate min_lr_fraction warmup_fraction grad_clip
 """
 
 
@@ -200,7 +202,7 @@ def wrong_setting(s) -> str | None:
 
 def check_memory(s):
     """Raise a UserError if a training step can't fit into this machine, even by a low estimate."""
-    width = s.n_embd + s.intermediate_size + s.nffn_hidden_size + s.shared_size + s.ema_size
+    width = s.n_embd + sum(widths(s)) + s.shared_size + s.ema_size
     numbers = 3 * s.n_embd + s.batch_size * s.block_size  # weight, gradient, moment; activations
     needed = s.n_layer * (4 * width * numbers + 30_000)  # bytes; Python's objects take some, too
     if needed > memory_of_machine():
@@ -208,6 +210,11 @@ def check_memory(s):
             f"a step would need at least {needed / 1e9:,.0f} GB of memory, and this machine has "
             f"{memory_of_machine() / 1e9:,.0f}; lower its sizes, --batch_size or --block_size"
         )
+
+
+def widths(s) -> tuple[int, int]:
+    """Return V and F."""
+    return s.intermediate_size or 2 * s.n_embd, s.nffn_hidden_size or 2 * s.n_embd
 
 
 # -------------------------------------------------------------------------------------------- data
@@ -232,7 +239,7 @@ def find_data(s):
         yield folder
 
 
-COUNTS = {"documents": 0, "bytes": 0, "words": 0, "tokens": 0}  # of a split, in meta.json
+COUNTS = {"documents": 0, "characters": 0, "bytes": 0, "words": 0, "tokens": 0}  # of a split
 
 
 class Corpus:
@@ -306,13 +313,14 @@ class Corpus:
 
 def new_model(s, tokenizer: Tokenizer) -> MegaForCausalLM:
     """Make a model with random weights; `gate_bias` lets a new layer keep most of its input."""
+    value_size, ffn_size = widths(s)
     try:
         config = MegaConfig(
             vocab_size=tokenizer.size,
             num_hidden_layers=s.n_layer,
             hidden_size=s.n_embd,
-            intermediate_size=s.intermediate_size,
-            nffn_hidden_size=s.nffn_hidden_size,
+            intermediate_size=value_size,
+            nffn_hidden_size=ffn_size,
             shared_representation_size=s.shared_size,
             ema_projection_size=s.ema_size,
             use_chunking=True,
@@ -358,6 +366,7 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
+            moves = {}  # by shape: those of one shape are made orthogonal together, in less time
             for p in group["params"]:
                 if p.grad is None:
                     continue
@@ -366,36 +375,43 @@ class Muon(torch.optim.Optimizer):
                     state["momentum"] = torch.zeros_like(p)
                 average = state["momentum"].lerp_(p.grad, 1 - group["momentum"])
                 ahead = p.grad.lerp(average, group["momentum"])  # Nesterov's
-                direction = orthogonalize(ahead.to(self.dtype)).to(p.dtype)
-                rows, columns = p.shape
+                moves.setdefault(p.shape, {})[p] = ahead
+            for (rows, columns), found in moves.items():
+                stacked = torch.stack([*found.values()])
+                directions = orthogonalize(stacked.to(self.dtype)).to(stacked.dtype)
                 size = group["lr"] * max(1, rows / columns) ** 0.5
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(direction, alpha=-size)
+                for p, direction in zip(found, directions, strict=True):
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(direction, alpha=-size)
 
 
-def orthogonalize(matrix: Tensor) -> Tensor:
-    """Bring all singular values near 1, to about 0.7 to 1.2, by five Newton-Schulz steps.
+def orthogonalize(matrices: Tensor) -> Tensor:
+    """Bring all singular values of matrices (M, rows, columns) near 1, to about 0.7 to 1.2.
 
-    Each step applies the polynomial a s + b s^3 + c s^5 to every singular value s.
+    Each of five Newton-Schulz steps applies a s + b s^3 + c s^5 to every singular value s.
     """
     a, b, c = (3.4445, -4.7750, 2.0315)
-    x = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT  # the smaller x x^T
-    x = x / x.norm().clamp(min=1e-7)
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices  # the smaller x x^T
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         square = x @ x.mT
-        x = a * x + (b * square + c * square @ square) @ x
-    return x if matrix.shape[0] <= matrix.shape[1] else x.mT
+        polynomial = torch.baddbmm(square, square, square, beta=b, alpha=c)  # b S + c S S
+        x = torch.baddbmm(x, polynomial, x, beta=a)  # a x + (b S + c S S) x
+    return x.mT if tall else x
 
 
 def build_optimizers(s, model: nn.Module, device: torch.device, dtype: torch.dtype) -> list:
     """Make Muon or AdamW for the matrices of linear layers, which decay, and AdamW for all else.
 
-    The moving averages have a learning rate of their own.
+    Moving averages, scales of queries and keys, and position biases have a rate of their own: there
+    each number has much to learn, and has no others that could learn it in its place.
     """
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     linear = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
     matrices = [weight for weight in linear if id(weight) not in tables]  # the output is tied
-    ema = [p for m in model.modules() if isinstance(m, DampedEMA) for p in m.parameters()]
+    names = re.compile("ema_gate|qk_weight|qk_bias|rel_pos_bias")
+    ema = [p for name, p in model.named_parameters() if names.search(name)]
     chosen = {id(p) for p in (*matrices, *ema)}
     rest = [p for p in model.parameters() if id(p) not in chosen]
     groups = [
@@ -515,9 +531,11 @@ def report_all(model: MegaForCausalLM, corpus: Corpus, splits: list, contexts: s
     """Print each context's result; the last line is that of the last split and context again."""
     for split in splits:
         n = corpus.counts[split]
+        predicted = n["tokens"] - 1
+        unit = "character" if predicted == n["characters"] else "token"
         print(
-            f"{split}: {n['tokens'] - 1:,} tokens predicted, {n['bytes']:,} bytes, "
-            f"{n['words']:,} words, where the end of a line is one; loss in nats per token"
+            f"{split}: {predicted:,} tokens predicted, {n['bytes']:,} bytes, {n['words']:,} words, "
+            f"where the end of a line is one; loss in nats per {unit}"
         )
         for context in contexts.split(","):
             result = evaluate(model, corpus, split, context, autocast)
@@ -1015,7 +1033,7 @@ def train_and_report(s, processes: Distributed, lock: os.stat_result):
 
 def evaluate_only(s, processes: Distributed):
     """Print the results of out_dir's best model on all splits that were not trained on."""
-    model, tokenizer = load_model(s.out_dir)
+    model, tokenizer = load_model(s.out_dir, s.eval_chunk_size)
     with find_data(s) as data:
         check_tokenizer(Path(s.out_dir), tokenizer, data, load_tokenizer(data))
         corpus = Corpus(data, tokenizer, s.block_size, s.seed)
