@@ -1764,7 +1764,7 @@ def can_decode(model: MegaModel, cache: MegaCache, inputs: dict) -> bool:
     config = model.config
     if config.add_cross_attention or config.add_token_type_embeddings or len(inputs) > 1:
         return False
-    if cache.mask is not None or autocast_is_on(cache.layers[0].keys):
+    if cache.mask is not None:
         return False
     for module in model.modules():
         if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:

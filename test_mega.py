@@ -3024,9 +3024,9 @@ class TestGenerate:
 
     @torch.no_grad()
     @given(
-        seeds, st.integers(1, 12), st.integers(1, 2), chunkings, biases, attentions,
+        seeds, st.integers(1, 12), st.sampled_from([1, 1, 2]), chunkings, biases, attentions,
         st.sampled_from(sorted(mega.NORMS)), st.booleans(), st.sampled_from(["silu", "linear"]),
-        st.sampled_from([torch.float32, torch.float64, torch.bfloat16]), st.integers(1, 3),
+        st.sampled_from([torch.float32] * 3 + [torch.float64, torch.bfloat16]), st.integers(1, 3),
     )  # fmt: skip
     def test_a_decoding_step_computes_what_the_model_computes(
         self,
@@ -3065,13 +3065,14 @@ class TestGenerate:
 
     @pytest.mark.parametrize("change", [
         "hook", "forward", "layer", "average", "feed-forward", "mask", "types", "encoder",
-        "autocast", "no feed-forward", "adapter", "norm", "embedding",
+        "cached encoder", "autocast", "no feed-forward", "adapter", "norm", "embedding",
     ])  # fmt: skip
     def test_generation_of_a_changed_model_is_that_of_its_forward(self, monkeypatch, change):
         """Whatever is put in a module's place takes part in every step."""
         settings = {
             "types": {"add_token_type_embeddings": True},
             "encoder": {"add_cross_attention": True},
+            "cached encoder": {"add_cross_attention": True},
             "no feed-forward": {"use_normalized_ffn": False},
         }
         model, ids = causal_lm(**settings.get(change, {})), token_ids(0, 2, 5)
@@ -3100,6 +3101,9 @@ class TestGenerate:
             inputs["token_type_ids"] = torch.ones_like(ids)
         elif change == "encoder":
             inputs["encoder_hidden_states"] = randn(0, 2, 3, 8)
+        elif change == "cached encoder":
+            encoder = {"encoder_hidden_states": randn(0, 2, 3, 8)}
+            inputs["cache"] = model(ids, **encoder, use_cache=True).cache
         elif change == "norm":
             layer.norm = torch.nn.RMSNorm(8).double()
         elif change == "embedding":
@@ -3108,17 +3112,19 @@ class TestGenerate:
             )
         elif change == "adapter":
             layer.v_proj = LowRank(layer.v_proj).double()
-        draw, seen = mega.draw, []
-        monkeypatch.setattr(mega, "draw", lambda x, *a: seen.append(x) or draw(x, *a))
-        with torch.autocast("cpu", torch.bfloat16, enabled=change == "autocast"):
-            if change == "autocast":
-                model.float()
-            model.generate(ids, 9, 0, **inputs)
-            found = torch.stack(seen)
+        if change == "autocast":
+            model.float()
+            ids = ids[:1]
+        draw, seen, found = mega.draw, [], []
+        monkeypatch.setattr(mega, "draw", lambda x, *a: seen.append(x.clone()) or draw(x, *a))
+        for patch in ({}, {"can_decode": lambda *_: False}):
+            for name, value in patch.items():
+                monkeypatch.setattr(mega, name, value)
+            with torch.autocast("cpu", torch.bfloat16, enabled=change == "autocast"):
+                model.generate(ids, 9, 0, **inputs)
+            found.append(torch.stack(seen))
             seen.clear()
-            monkeypatch.setattr(mega, "can_decode", lambda *_: False)
-            model.generate(ids, 9, 0, **inputs)
-        close(found.clone(), torch.stack(seen).clone(), 1e-10)
+        close(*(x.clone() for x in found), 0.02 if change == "autocast" else 1e-10)
 
     def test_a_chunked_model_generates_with_a_cache_that_does_not_grow(self):
         model, ids = shared_lm(use_chunking=True, chunk_size=8).float(), token_ids(0, 1, 3)
@@ -3768,7 +3774,7 @@ async def function():
     def test_a_published_text_is_cut_by_bytes_and_read_a_byte_at_a_time(
         self, name, zipped, data, monkeypatch
     ):
-        text = "Was heißt das? 猫\r\n" * 50 + "ü" * 75  # ends and line ends stay as they are
+        text = "猫\r\n" + "ü" * 498  # line ends stay, and every cut is in the middle of a character
         content = text.encode()
         served = zipfile_of({name: content}) if zipped else content
         if zipped and name == "shakespeare":
@@ -3777,7 +3783,7 @@ async def function():
             url = server.url("text.zip" if zipped else "text.txt")
             known = prepare.PUBLISHED[name] | {"urls": [url], "bytes": len(content), "sha256": None}
             monkeypatch.setitem(prepare.PUBLISHED, name, known | {"bytes": 7})
-            with pytest.raises(common.UserError, match=r"has 1,\d\d\d bytes, not 7"):
+            with pytest.raises(common.UserError, match="has 1,001 bytes, not 7"):
                 prepare.prepare(name)
             monkeypatch.setitem(prepare.PUBLISHED, name, known)
             folder = prepare.prepare(name)

@@ -128,6 +128,10 @@ SETTINGS = {
 
 # ---------------------------------------------------------------------------------------- settings
 
+# Defaults of a dataset in the place of those above.
+PRESETS = {
+    "shakespeare": {"block_size": 256, "n_embd": 128, "contexts": "256,sliding"},
+}
 DTYPES = ("auto", "float32", "bfloat16")
 CONTEXTS = "carried, sliding and lengths of windows, with commas between"
 MOST = 1 << 63
@@ -177,7 +181,8 @@ def read_settings(arguments: list[str]) -> argparse.Namespace:
     given = read_flags(arguments, __doc__, Path(__file__), SETTINGS, ALSO_CALLED)
     for name in {"out_dir", "dataset", "data_dir", "source"} & given.keys():
         given[name] = os.path.expanduser(given[name])
-    s = argparse.Namespace(**{**SETTINGS, **given})
+    preset = PRESETS.get(given.get("dataset"), {})
+    s = argparse.Namespace(**{**SETTINGS, **preset, **given})
     if wrong_setting(s):
         raise UserError(wrong_setting(s))
     last = Path(s.out_dir) / "last.pt"
