@@ -5819,7 +5819,27 @@ class TestLecture:
         compare.main([*flags, "--mega_pytorch", str(tmp_path / "other.py")])
         lines = capsys.readouterr().out.splitlines()
         assert [", Mega-pytorch " in line for line in lines].count(True) == dtypes
-        assert len(lines) == 3 * dtypes + 1 and all(", transformers " in line for line in lines)
+        assert len(lines) == 3 * dtypes + 2
+        assert all(", transformers " in line for line in lines[:-1]) and "once: " in lines[-1]
+        assert ", the bare loop " in lines[-2]
+
+    def test_the_bare_loop_decodes_what_generate_does(self, monkeypatch):
+        small = {
+            "hidden_size": 16,
+            "vocab_size": 64,
+            "num_hidden_layers": 2,
+            "intermediate_size": 8,
+        }
+        monkeypatch.setattr(compare, "MODEL", compare.MODEL | small)
+        torch.manual_seed(0)
+        model = MegaForCausalLM(MegaConfig(**compare.MODEL | {"use_chunking": False}))
+        for p in model.parameters():
+            p.data += 0.3 * torch.randn(p.shape)
+        for seed in range(5):
+            ids = token_ids(seed, 1, 8, 64)
+            expected = model.generate(ids, 20, 0)[0, 8:]
+            assert len(set(expected.tolist())) > 1
+            assert torch.equal(compare.bare_loop(model.eval(), ids, 20), expected)
 
     def test_learning_beside_nanogpt_runs_and_its_windows_overlap(
         self, corpus, data, tmp_path, capsys

@@ -4,8 +4,9 @@
     python -m data.lecture.compare --mega_pytorch ../Mega-pytorch/mega_pytorch/mega_pytorch.py
 
 Training steps (forward, loss, backward; 4,096 tokens, or one row where longer) with nanoGPT's model
-of the same width and depth, forward passes, and greedy decoding of 1,024 tokens. By default blocks
-of memory are kept as train.py keeps them; --default_allocator leaves that out.
+of the same width and depth, forward passes, and greedy decoding, also by a bare loop of the same
+tensor operations. By default blocks of memory are kept as train.py keeps them; --default_allocator
+leaves that out. --only=decoding, say, does a part.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from data.common import UserError, keep_big_blocks, run
 from data.machine import bfloat16_is_faster
@@ -127,6 +129,68 @@ def forward(model: torch.nn.Module, ids: torch.Tensor, dtype: torch.dtype):
         model(ids, use_cache=False)
 
 
+def quick_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """x (1, n) times weight (m, n), plus bias, in as many parts as there are threads."""
+    parts = torch.get_num_threads()
+    matrices = weight.view(parts, -1, weight.shape[1]).mT
+    return torch.bmm(x.expand(parts, 1, -1), matrices).view(1, -1) + bias
+
+
+@torch.inference_mode()
+def bare_loop(model: MegaForCausalLM, ids: torch.Tensor, new: int) -> torch.Tensor:
+    """Greedy decoding of MODEL without chunks by tensor operations alone: no modules, no checks,
+    no options. What `generate` takes more than this is overhead.
+    """
+    D, V, Z = MODEL["hidden_size"], MODEL["intermediate_size"], MODEL["shared_representation_size"]
+    length = ids.shape[1]
+    longest = length + new
+    parts = torch.get_num_threads()
+    out = model.mega(ids, use_cache=True)
+    layers = []
+    for block, cache in zip(model.mega.layers, out.cache.layers, strict=True):
+        w = {name: p.data for name, p in block.mega_layer.named_parameters()}
+        f = {name: p.data for name, p in block.nffn.named_parameters()}
+        u, q, g = block.mega_layer.ema_gate.coefficients()
+        keys, values = torch.zeros(longest, Z), torch.zeros(longest, V)
+        keys[:length], values[:length] = cache.keys[0], cache.values[0]
+        bias = block.mega_layer.rel_pos_bias(longest)
+        layers.append((w, f, u, q, g, bias, cache.ema_state[0].clone(), keys, values))
+    table, output_bias = model.lm_head.weight.data, model.lm_head.bias.data
+    token = quick_product(out.last_hidden_state[:, -1], table, output_bias).argmax(-1)
+    tokens = [token]
+    for t in range(length, longest - 1):
+        x = table[token]
+        for w, f, u, q, g, bias, h, keys, values in layers:
+            y = F.layer_norm(x, (D,), w["norm.norm.weight"], w["norm.norm.bias"])
+            values[t] = F.silu(quick_product(y, w["v_proj.weight"], w["v_proj.bias"]))
+            h.mul_(q).addcmul_(u, y.mT)
+            smooth = F.silu(torch.addcmul((g * h).sum(-1), y, w["ema_gate.residual_weight"]))
+            mixed = quick_product(smooth, w["mx_proj.weight"], w["mx_proj.bias"])
+            update, shared_and_reset, candidate = mixed.split([D, Z + V, D], dim=-1)
+            shared, reset = F.silu(shared_and_reset).split([Z, V], dim=-1)
+            query_and_key = torch.addcmul(w["qk_bias"], w["qk_weight"], shared)
+            keys[t] = query_and_key[1]
+            scores = (query_and_key[:1] / Z**0.5) @ keys[: t + 1].mT
+            weights = (scores + bias[longest - 1 - t : longest]).softmax(-1)
+            seen = values[: t + 1].view(t + 1, parts, -1).transpose(0, 1)
+            attended = torch.bmm(weights.expand(parts, 1, -1), seen).view(1, -1)
+            found = quick_product(attended * reset, w["h_proj.weight"], w["h_proj.bias"])
+            x = x + torch.sigmoid(update) * (F.silu(candidate + found) - x)
+            y = F.layer_norm(x, (D,), f["norm.norm.weight"], f["norm.norm.bias"])
+            y = F.silu(quick_product(y, f["fc1.weight"], f["fc1.bias"]))
+            x = x + quick_product(y, f["fc2.weight"], f["fc2.bias"])
+        token = quick_product(x, table, output_bias).argmax(-1)
+        tokens.append(token)
+    return torch.cat(tokens)
+
+
+def tokens_per_second_at_most(model: MegaForCausalLM) -> float:
+    """If a token took just the time to read all weights once, from memory."""
+    block = torch.ones(1 << 26)  # 256 MiB, more than any cache holds
+    size = sum(p.nbytes for p in model.parameters())
+    return block.nbytes / seconds(block.sum) / size
+
+
 def by_turns(what: str, models: dict, work, tokens: int, rounds: int):
     """Print each model's median speed in `rounds` rounds, one more not counted, and the ratios."""
     times = {name: [] for name in models}
@@ -148,51 +212,68 @@ def main(arguments=None):
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 16384])
     parser.add_argument("--new_tokens", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", choices=["training", "forward", "decoding"])
     parser.add_argument("--default_allocator", action="store_true")
     options = parser.parse_args(arguments)
     if not options.default_allocator:
         keep_big_blocks()
     check_file(options.nanogpt)
     check_file(options.mega_pytorch)
-    random_ids = functools.partial(torch.randint, 3, MODEL["vocab_size"])
-    ours = MegaForCausalLM(MegaConfig(**MODEL))
     dtypes = {"float32": torch.float32}
     if bfloat16_is_faster():  # elsewhere it would take hours
         dtypes["bfloat16"] = torch.bfloat16
-    for dtype_name, dtype in dtypes.items():
-        for length in options.lengths:
-            models = {"this": ours.train(), "transformers": build_theirs().train()}
-            if options.nanogpt:
-                models["nanoGPT"] = build_nanogpt(options.nanogpt, length)
-            if options.mega_pytorch:
-                models["Mega-pytorch"] = MegaPytorch(options.mega_pytorch).train()
-            ids = random_ids((max(4096 // length, 1), length))
-            step = functools.partial(train_step, ids=ids, dtype=dtype)
-            by_turns(f"train, {dtype_name}, {length}", models, step, ids.numel(), options.rounds)
-        for chunking in (True, False):
-            for length in options.lengths if chunking else [n for n in options.lengths if n < 9000]:
-                models = {
-                    "this": MegaForCausalLM(
-                        MegaConfig(**MODEL | {"use_chunking": chunking})
-                    ).eval(),
-                    "transformers": build_theirs(use_chunking=chunking).eval(),
-                }
-                work = functools.partial(forward, ids=random_ids((1, length)), dtype=dtype)
-                what = f"forward, {'chunks' if chunking else 'whole'}, {dtype_name}, {length}"
-                by_turns(what, models, work, length, options.rounds)
-    whole, n = {"use_chunking": False}, options.new_tokens
-    models = {
-        "this": MegaForCausalLM(MegaConfig(**MODEL | whole)),
-        "transformers": build_theirs(**whole),
-    }
-    decode = {"max_new_tokens": n, "pad_token_id": 1, "eos_token_id": None}
+    for name, dtype in dtypes.items():
+        if options.only in (None, "training"):
+            compare_training(options, name, dtype)
+        if options.only in (None, "forward"):
+            compare_forward(options, name, dtype)
+    if options.only in (None, "decoding"):
+        compare_decoding(options)
+
+
+def random_ids(rows: int, length: int) -> torch.Tensor:
+    return torch.randint(3, MODEL["vocab_size"], (rows, length))
+
+
+def compare_training(options, dtype_name: str, dtype: torch.dtype):
+    ours = MegaForCausalLM(MegaConfig(**MODEL))
+    for length in options.lengths:
+        models = {"this": ours.train(), "transformers": build_theirs().train()}
+        if options.nanogpt:
+            models["nanoGPT"] = build_nanogpt(options.nanogpt, length)
+        if options.mega_pytorch:
+            models["Mega-pytorch"] = MegaPytorch(options.mega_pytorch).train()
+        ids = random_ids(max(4096 // length, 1), length)
+        step = functools.partial(train_step, ids=ids, dtype=dtype)
+        by_turns(f"train, {dtype_name}, {length}", models, step, ids.numel(), options.rounds)
+
+
+def compare_forward(options, dtype_name: str, dtype: torch.dtype):
+    for chunking in (True, False):
+        for length in options.lengths if chunking else [n for n in options.lengths if n < 9000]:
+            ours = MegaForCausalLM(MegaConfig(**MODEL | {"use_chunking": chunking}))
+            models = {
+                "this": ours.eval(),
+                "transformers": build_theirs(use_chunking=chunking).eval(),
+            }
+            work = functools.partial(forward, ids=random_ids(1, length), dtype=dtype)
+            what = f"forward, {'chunks' if chunking else 'whole'}, {dtype_name}, {length}"
+            by_turns(what, models, work, length, options.rounds)
+
+
+def compare_decoding(options):
+    n = options.new_tokens
+    ours = MegaForCausalLM(MegaConfig(**MODEL | {"use_chunking": False})).eval()
+    theirs = build_theirs(use_chunking=False).eval()
+    greedy = {"do_sample": False, "max_new_tokens": n, "pad_token_id": 1, "eos_token_id": None}
     calls = {
-        "this": lambda: models["this"].generate(random_ids((1, 8)), n, 0),
-        "transformers": lambda: (
-            models["transformers"].eval().generate(random_ids((1, 8)), do_sample=False, **decode)
-        ),
+        "this": lambda: ours.generate(random_ids(1, 8), n, 0),
+        "the bare loop": lambda: bare_loop(ours, random_ids(1, 8), n),
+        "transformers": lambda: theirs.generate(random_ids(1, 8), **greedy),
     }
-    by_turns(f"greedy decoding of {n} tokens", calls, lambda call: call(), n, 1)
+    by_turns(f"greedy decoding of {n} tokens", calls, lambda call: call(), n, options.rounds)
+    most = tokens_per_second_at_most(ours)
+    print(f"greedy decoding, if a token took no longer than reading the weights once: {most:,.0f}")
 
 
 if __name__ == "__main__":
