@@ -1739,7 +1739,12 @@ class BlockState(NamedTuple):
     q: Tensor
     g: Tensor
     omega: Tensor  # (D)
+    qk_weight: Tensor  # (2, Z)
+    qk_bias: Tensor
     bias: Tensor  # (2 room - 1), by distance, as in `bias_matrix`
+    parts: int  # see `count_parts`
+    norm: Callable
+    ffn_norm: Callable
     v_proj: Callable
     mx_proj: Callable
     h_proj: Callable
@@ -1795,7 +1800,12 @@ def start_decoding(model: MegaModel, cache: MegaCache) -> DecodingState:
         state = BlockState(
             *layer.ema_gate.coefficients(),
             omega=layer.ema_gate.residual_weight,
+            qk_weight=layer.qk_weight,
+            qk_bias=layer.qk_bias,
             bias=layer.rel_pos_bias(room),
+            parts=count_parts(batch, old.values),
+            norm=layer.norm.norm.forward,  # without hooks, which `can_decode` has looked for
+            ffn_norm=block.nffn.norm.norm.forward,
             v_proj=quick_linear(layer.v_proj, batch),
             mx_proj=quick_linear(layer.mx_proj, batch),
             h_proj=quick_linear(layer.h_proj, batch),
@@ -1854,15 +1864,15 @@ def step_layer(layer: MovingAverageGatedAttention, state: BlockState, x: Tensor,
     Z = config.shared_representation_size
     residual = x
     if config.normalize_before_mega:
-        x = layer.norm.norm(x)
+        x = state.norm(x)
     state.values[:, place] = layer.activation(state.v_proj(x))  # (10)
     wide = x.to(state.u.dtype)
     state.ema_state.mul_(state.q).addcmul_(state.u, wide.unsqueeze(-1))  # (5)
     smooth = (state.g * state.ema_state).sum(dim=-1)
     smooth = F.silu(torch.addcmul(smooth, wide, state.omega)).to(x.dtype)  # (6)
-    update, shared_and_reset, candidate = state.mx_proj(smooth).split([D, Z + V, D], dim=-1)
-    shared, reset = F.silu(shared_and_reset).split([Z, V], dim=-1)  # (7), (12)
-    query_and_key = torch.addcmul(layer.qk_bias, layer.qk_weight, shared.unsqueeze(1))  # (8), (9)
+    update, shared_and_reset, candidate = state.mx_proj(smooth).split_with_sizes([D, Z + V, D], -1)
+    shared, reset = F.silu(shared_and_reset).split_with_sizes([Z, V], -1)  # (7), (12)
+    query_and_key = torch.addcmul(state.qk_bias, state.qk_weight, shared.unsqueeze(1))  # (8), (9)
     query, state.keys[:, place] = query_and_key.unbind(dim=1)  # (B, Z)
 
     keys = state.keys[:, : place + 1]
@@ -1871,19 +1881,19 @@ def step_layer(layer: MovingAverageGatedAttention, state: BlockState, x: Tensor,
     bias = state.bias[middle - place : middle + 1]
     kind = config.attention_activation
     weights = attention_weights(query.unsqueeze(1), keys, bias, None, kind)  # (B, 1, place + 1)
-    attended = vector_product(weights.to(values.dtype), values)  # (11): (B, V)
+    attended = vector_product(weights.to(values.dtype), values, state.parts)  # (11): (B, V)
     candidate = layer.activation(candidate + state.h_proj(attended * reset))  # (14)
     y = mix(residual, update, candidate)  # (13), (15)
-    return y if config.normalize_before_mega else layer.norm.norm(y)
+    return y if config.normalize_before_mega else state.norm(y)
 
 
 def step_ffn(ffn: NormalizedFeedForward, state: BlockState, x: Tensor) -> Tensor:
     """Apply the feed-forward network to x (B, D)."""
     residual = x
     if ffn.config.normalize_before_ffn:
-        x = ffn.norm.norm(x)
+        x = state.ffn_norm(x)
     y = residual + state.fc2(ffn.activation(state.fc1(x)))
-    return y if ffn.config.normalize_before_ffn else ffn.norm.norm(y)
+    return y if ffn.config.normalize_before_ffn else state.ffn_norm(y)
 
 
 def quick_linear(layer: nn.Module, batch: int) -> Callable:
@@ -1898,17 +1908,16 @@ def quick_linear(layer: nn.Module, batch: int) -> Callable:
     bias = layer.bias
 
     def apply(x: Tensor) -> Tensor:
-        return torch.bmm(x.expand(parts, 1, -1), matrices).view(1, -1) + bias
+        return torch.bmm(x.expand(parts, 1, -1), matrices).view(1, -1).add_(bias)
 
     return apply
 
 
-def vector_product(x: Tensor, matrix: Tensor) -> Tensor:
-    """Multiply vectors x (B, 1, n) with matrices (B, n, m): (B, m)."""
-    parts = count_parts(len(x), matrix)
-    if parts == 1 or matrix.shape[-1] % parts:
+def vector_product(x: Tensor, matrix: Tensor, parts: int) -> Tensor:
+    """Multiply vectors x (B, 1, n) with matrices (B, n, m), cut into parts if B is 1: (B, m)."""
+    if parts == 1 or matrix.shape[2] % parts:
         return (x @ matrix).squeeze(1)
-    matrices = matrix[0].view(-1, parts, matrix.shape[-1] // parts).transpose(0, 1)
+    matrices = matrix[0].view(-1, parts, matrix.shape[2] // parts).transpose(0, 1)
     return torch.bmm(x.expand(parts, -1, -1), matrices).view(1, -1)
 
 

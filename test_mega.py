@@ -1840,7 +1840,7 @@ class TestAttention:
         matrix = randn(seed, 1, inputs, 5 * outputs, dtype=torch.float32)
         with unittest.mock.patch.object(torch, "get_num_threads", lambda: parts):
             close(mega.quick_linear(layer, 1)(x), F.linear(x, layer.weight, layer.bias), 1e-6)
-            close(mega.vector_product(x.unsqueeze(1), matrix), x @ matrix[0], 1e-6)
+            close(mega.vector_product(x.unsqueeze(1), matrix, parts), x @ matrix[0], 1e-6)
             layer.register_forward_hook(lambda *_: x * 0)
             assert not mega.quick_linear(layer, 1)(x).any()  # a layer with a hook is called
 
