@@ -807,7 +807,7 @@ WRONG_FLAGS = {
         "--dataset=pydocs": "pydocs has no source; give",
         "--eval_only --out_dir=nowhere": "there is no checkpoint in nowhere",
         "--resume --out_dir=nowhere": "there is nothing to resume: nowhere has no last.pt",
-        "--resume --n_embd=24 --beta2=0.5": "n_embd was 16, not 24; beta2 was 0.98, not 0.5",
+        "--resume --n_embd=24 --beta2=0.5": "n_embd was 16, not 24; beta2 was 0.95, not 0.5",
         "--resume --vocab_size=320": "vocab_size was 300, not 320",
         "--resume --train_split=test": "train_split was train, not test",
         "--eval_only --vocab_size=320": "vocab_size was 300, not 320",

@@ -105,7 +105,7 @@ warmup_fraction = 0.02  # part of the training in which they rise
 weight_decay = 0.1  # of the matrices of linear layers
 momentum = 0.95  # of Muon
 beta1 = 0.9  # of AdamW
-beta2 = 0.98  # of AdamW
+beta2 = 0.95  # of AdamW
 grad_clip = 1.0  # the gradient's largest norm; 0: any
 # evaluation
 evaluations = 10  # spread over the training
@@ -409,8 +409,8 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 def build_optimizers(s, model: nn.Module, device: torch.device, dtype: torch.dtype) -> list:
     """Make Muon or AdamW for the matrices of linear layers, which decay, and AdamW for all else.
 
-    Moving averages, scales of queries and keys, and position biases have a rate of their own: there
-    each number has much to learn, and has no others that could learn it in its place.
+    Moving averages, the scales of queries and keys, and position biases have a rate of their own:
+    they learn best at one several times as high (see README.md, what was tried).
     """
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     linear = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
