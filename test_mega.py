@@ -4623,6 +4623,17 @@ class TestTrain:
         assert call(train.main, "--help") == 0
         assert "--n_layer" in capsys.readouterr().out
 
+    def test_a_dataset_has_defaults_of_its_own_that_flags_override(self):
+        for name, preset in train.PRESETS.items():
+            usual = {n: x for n, x in train.SETTINGS.items() if n not in preset} | {"dataset": name}
+            assert vars(train.read_settings([f"--dataset={name}"])) == usual | preset
+            assert {n: type(train.SETTINGS[n]) for n in preset} == {
+                n: type(x) for n, x in preset.items()
+            }
+        s = train.read_settings(["--dataset=shakespeare", "--n_layer=7"])
+        assert s.n_layer == 7 and s.block_size == train.PRESETS["shakespeare"]["block_size"]
+        assert train.read_settings([]).block_size == train.block_size != s.block_size
+
     @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
     def test_weight_decay_is_for_matrices_of_linear_layers_only(
         self, corpus, data, tmp_path, optimizer

@@ -130,7 +130,14 @@ SETTINGS = {
 
 # Defaults of a dataset in the place of those above.
 PRESETS = {
-    "shakespeare": {"block_size": 256, "n_embd": 128, "contexts": "256,sliding"},
+    "shakespeare": {
+        "n_layer": 3,
+        "n_embd": 160,
+        "block_size": 256,
+        "dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "contexts": "256,sliding",
+    },
 }
 DTYPES = ("auto", "float32", "bfloat16")
 CONTEXTS = "carried, sliding and lengths of windows, with commas between"

@@ -487,7 +487,8 @@ def fetch_published(name: str, folder: Path) -> dict[str, bytes]:
             except DownloadError as error:
                 errors.append(str(error))
         else:
-            raise DownloadError("; ".join(errors))
+            hint = "--source reads a copy from a file, folder or another address"
+            raise DownloadError(f"{'; '.join(errors)}; {hint}")
     return read_files(path)
 
 
