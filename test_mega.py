@@ -744,7 +744,6 @@ WRONG_FLAGS = {
         "--min_lr_fraction=2": "--min_lr_fraction must be 0 or more and below 1, got 2.0",
         "--warmup_fraction=-0.1": "--warmup_fraction must be 0 or more and below 1, got -0.1",
         "--dropout=1": "--dropout must be 0 or more and below 1, got 1.0",
-        "--gate_bias=nan": "--gate_bias must be finite, got nan",
         "--momentum=1": "--momentum must be 0 or more and below 1, got 1.0",
         "--beta2=1.5": "--beta2 must be 0 or more and below 1, got 1.5",
         "--weight_decay=-1": "--weight_decay must be 0 or more, got -1.0",
@@ -774,8 +773,6 @@ WRONG_FLAGS = {
         "--lr=1": "did you mean --learning_rate?",
         "--epochs=3": "did you mean --max_iters or --max_minutes?",
         "--source= --dataset=wikitext2": "wikitext2 does not exist; did you mean wikitext-2?",
-        "--gate_bias=1e39": "--gate_bias must be from -1000 to 1000, got 1e+39",
-        "--gate_bias=inf": "--gate_bias must be finite, got inf",
         "--learning_rate=1e39": "--learning_rate must be above 0, got 1e+39",
         "--weight_decay=1e39": "--weight_decay must be 0 or more, got 1e+39",
         "--threads=100000": "--threads must be at most 1024, got 100000",
@@ -4445,7 +4442,7 @@ class TestTrain:
             s = train.read_settings(recipe.split()[2:])
             assert (s.learning_rate, s.ema_learning_rate, s.optimizer) == (5e-3, 5e-3, "adamw")
             assert (s.beta1, s.beta2, s.weight_decay, s.grad_clip) == (0.9, 0.98, 0.1, 0.25)
-            assert (s.max_iters, s.max_minutes, s.gate_bias) == (400_000, 0, 0)
+            assert (s.max_iters, s.max_minutes) == (400_000, 0)
             assert s.warmup_fraction * s.max_iters == 24_000 and s.min_lr_fraction == 0
             assert s.chunk_size == 1024 and s.block_size % s.chunk_size == 0
             assert s.batch_size * s.gradient_accumulation_steps * s.block_size == 24 * 6144
@@ -4714,10 +4711,10 @@ class TestTrain:
 
     def test_a_closed_update_gate_leaves_the_input_as_it_is(self):
         codec, x = prepare.new_tokenizer("bytes", 0, []), randn(0, 1, 9, 16, dtype=torch.float32)
-        for gate_bias, near in ((-30.0, True), (0.0, False)):
-            s = train.read_settings([*TINY, f"--gate_bias={gate_bias}"])
-            y = train.new_model(s, codec).eval().mega.layers[0].mega_layer(x)[0]
-            assert y.allclose(x) == near
+        layer = train.new_model(train.read_settings(TINY), codec).eval().mega.layers[0].mega_layer
+        for logit, near in ((-30.0, True), (0.0, False)):
+            torch.nn.init.constant_(layer.mx_proj.bias[:16], logit)  # the gate's come first
+            assert layer(x)[0].allclose(x) == near
 
     @pytest.mark.parametrize(("command", "file", "message"), WRONG, ids=[str(w[0]) for w in WRONG])
     @pytest.mark.filterwarnings("ignore:.*expects is_decoder=")

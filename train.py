@@ -85,7 +85,6 @@ shared_size = 64  # Z, width of queries and keys
 ema_size = 16  # N, EMA states of a channel
 chunk_size = 128  # C, attention sees this many tokens; 0: block_size
 attention = "softmax"  # softmax, laplace or relu2
-gate_bias = 0.0  # initial bias of the update gate: the lower, the more input a layer keeps
 dropout = 0.05  # of the outputs of the EMA, the layer and the feed-forward network
 hidden_dropout = 0.05  # of the values and of the feed-forward network's hidden layer
 attention_dropout = 0.0  # of the attention weights
@@ -153,8 +152,6 @@ RULES = (  # names, the rule in words, the rule as a function
     ("max_minutes weight_decay", "0 or more", lambda x: 0 <= x < MOST),
     ("grad_clip sample_tokens seed threads", "0 or more", lambda x: 0 <= x < MOST),
     ("threads", "at most 1024", lambda x: x <= 1024),
-    ("gate_bias", "finite", math.isfinite),
-    ("gate_bias", "from -1000 to 1000", lambda x: abs(x) <= 1000),
     ("learning_rate ema_learning_rate muon_learning_rate", "above 0", lambda x: 0 < x < MOST),
     ("dropout hidden_dropout attention_dropout", "0 or more and below 1", lambda x: 0 <= x < 1),
     ("warmup_fraction min_lr_fraction", "0 or more and below 1", lambda x: 0 <= x < 1),
@@ -324,7 +321,7 @@ class Corpus:
 
 
 def new_model(s, tokenizer: Tokenizer) -> MegaForCausalLM:
-    """Make a model with random weights; `gate_bias` lets a new layer keep most of its input."""
+    """Make a model with random weights."""
     value_size, ffn_size = widths(s)
     try:
         config = MegaConfig(
@@ -355,10 +352,7 @@ def new_model(s, tokenizer: Tokenizer) -> MegaForCausalLM:
         )
     except ValueError as error:
         raise UserError(str(error)) from None
-    model = MegaForCausalLM(config)
-    for block in model.mega.layers:  # the update gate's are the first D of them
-        nn.init.constant_(block.mega_layer.mx_proj.bias[: s.n_embd], s.gate_bias)
-    return model
+    return MegaForCausalLM(config)
 
 
 # ------------------------------------------------------------------------------------- optimizers
