@@ -1053,6 +1053,7 @@ def cloned(tmp_path_factory):
     for name, lines in {
         "python": f'case "$*" in\n'
         f'*wikitext-103*) exec {python} "$@" {train_flags} --source=wikitext-2-raw-v1.zip;;\n'
+        f'*dataset=shakespeare*) exec {python} "$@" {train_flags} --source=my_text.txt;;\n'
         f'*train.py*|*lecture.learn*) exec {python} "$@" {train_flags};;\n'
         f'*"lecture.experiments "*) exec {python} "$@" --steps=2;;\nesac\nexec {python} "$@"',
         "torchrun": f'exec {python} -m torch.distributed.run "$@" {train_flags}',
@@ -4332,7 +4333,7 @@ class TestTrain:
     @pytest.mark.skipif(os.name == "nt", reason="Windows kills in another way")
     def test_a_run_killed_at_any_moment_goes_on_as_if_it_had_not_been(self, copied, corpus):
         flags = [*TINY, f"--source={corpus}", "--max_iters=400", "--save_interval=7"]
-        flags += ["--evaluations=4", "--contexts=carried"]
+        flags += ["--evaluations=4", "--contexts=carried", "--dtype=float32"]  # in both runs
         whole = script(copied, "train.py", *flags, "--out_dir=unbroken")
         assert whole.returncode == 0, whole.stderr
         command = [sys.executable, "train.py", *flags, "--out_dir=killed"]
