@@ -5832,7 +5832,9 @@ class TestLecture:
         assert all(", transformers " in line for line in lines[:-1]) and "once: " in lines[-1]
         assert ", the bare loop " in lines[-2]
 
-    def test_the_bare_loop_decodes_what_generate_does(self, monkeypatch):
+    @pytest.mark.parametrize("threads", [1, 2, 3])  # 3 divide none of the sizes
+    def test_the_bare_loop_decodes_what_generate_does(self, monkeypatch, threads):
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
         small = {
             "hidden_size": 16,
             "vocab_size": 64,

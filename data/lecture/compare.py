@@ -21,7 +21,17 @@ import torch.nn.functional as F
 
 from data.common import UserError, keep_big_blocks, run
 from data.machine import bfloat16_is_faster
-from mega import EMA_MODES, DampedEMA, MegaConfig, MegaForCausalLM, MegaOutput, cross_entropy
+from mega import (
+    EMA_MODES,
+    DampedEMA,
+    MegaConfig,
+    MegaForCausalLM,
+    MegaOutput,
+    count_parts,
+    cross_entropy,
+    quick_linear,
+    vector_product,
+)
 
 # The model of the README's speed tables: 5.4M parameters.
 MODEL = {
@@ -129,13 +139,6 @@ def forward(model: torch.nn.Module, ids: torch.Tensor, dtype: torch.dtype):
         model(ids, use_cache=False)
 
 
-def quick_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """x (1, n) times weight (m, n), plus bias, in as many parts as there are threads."""
-    parts = torch.get_num_threads()
-    matrices = weight.view(parts, -1, weight.shape[1]).mT
-    return torch.bmm(x.expand(parts, 1, -1), matrices).view(1, -1) + bias
-
-
 @torch.inference_mode()
 def bare_loop(model: MegaForCausalLM, ids: torch.Tensor, new: int) -> torch.Tensor:
     """Greedy decoding of MODEL without chunks by tensor operations alone: no modules, no checks,
@@ -144,42 +147,43 @@ def bare_loop(model: MegaForCausalLM, ids: torch.Tensor, new: int) -> torch.Tens
     D, V, Z = MODEL["hidden_size"], MODEL["intermediate_size"], MODEL["shared_representation_size"]
     length = ids.shape[1]
     longest = length + new
-    parts = torch.get_num_threads()
     out = model.mega(ids, use_cache=True)
     layers = []
     for block, cache in zip(model.mega.layers, out.cache.layers, strict=True):
         w = {name: p.data for name, p in block.mega_layer.named_parameters()}
         f = {name: p.data for name, p in block.nffn.named_parameters()}
+        layer, ffn = block.mega_layer, block.nffn
+        linears = [layer.v_proj, layer.mx_proj, layer.h_proj, ffn.fc1, ffn.fc2]
+        linears = [quick_linear(linear, 1) for linear in linears]
         u, q, g = block.mega_layer.ema_gate.coefficients()
         keys, values = torch.zeros(longest, Z), torch.zeros(longest, V)
         keys[:length], values[:length] = cache.keys[0], cache.values[0]
         bias = block.mega_layer.rel_pos_bias(longest)
-        layers.append((w, f, u, q, g, bias, cache.ema_state[0].clone(), keys, values))
-    table, output_bias = model.lm_head.weight.data, model.lm_head.bias.data
-    token = quick_product(out.last_hidden_state[:, -1], table, output_bias).argmax(-1)
+        layers.append((linears, w, f, u, q, g, bias, cache.ema_state[0].clone(), keys, values))
+    table, output = model.lm_head.weight.data, quick_linear(model.lm_head, 1)
+    parts = count_parts(1, table)
+    token = output(out.last_hidden_state[:, -1]).argmax(-1)
     tokens = [token]
     for t in range(length, longest - 1):
         x = table[token]
-        for w, f, u, q, g, bias, h, keys, values in layers:
+        for linears, w, f, u, q, g, bias, h, keys, values in layers:
+            v_proj, mx_proj, h_proj, fc1, fc2 = linears
             y = F.layer_norm(x, (D,), w["norm.norm.weight"], w["norm.norm.bias"])
-            values[t] = F.silu(quick_product(y, w["v_proj.weight"], w["v_proj.bias"]))
+            values[t] = F.silu(v_proj(y))
             h.mul_(q).addcmul_(u, y.mT)
             smooth = F.silu(torch.addcmul((g * h).sum(-1), y, w["ema_gate.residual_weight"]))
-            mixed = quick_product(smooth, w["mx_proj.weight"], w["mx_proj.bias"])
-            update, shared_and_reset, candidate = mixed.split([D, Z + V, D], dim=-1)
+            update, shared_and_reset, candidate = mx_proj(smooth).split([D, Z + V, D], dim=-1)
             shared, reset = F.silu(shared_and_reset).split([Z, V], dim=-1)
             query_and_key = torch.addcmul(w["qk_bias"], w["qk_weight"], shared)
             keys[t] = query_and_key[1]
             scores = (query_and_key[:1] / Z**0.5) @ keys[: t + 1].mT
             weights = (scores + bias[longest - 1 - t : longest]).softmax(-1)
-            seen = values[: t + 1].view(t + 1, parts, -1).transpose(0, 1)
-            attended = torch.bmm(weights.expand(parts, 1, -1), seen).view(1, -1)
-            found = quick_product(attended * reset, w["h_proj.weight"], w["h_proj.bias"])
-            x = x + torch.sigmoid(update) * (F.silu(candidate + found) - x)
+            attended = vector_product(weights[None], values[None, : t + 1], parts)
+            candidate = F.silu(candidate + h_proj(attended * reset))
+            x = x + torch.sigmoid(update) * (candidate - x)
             y = F.layer_norm(x, (D,), f["norm.norm.weight"], f["norm.norm.bias"])
-            y = F.silu(quick_product(y, f["fc1.weight"], f["fc1.bias"]))
-            x = x + quick_product(y, f["fc2.weight"], f["fc2.bias"])
-        token = quick_product(x, table, output_bias).argmax(-1)
+            x = x + fc2(F.silu(fc1(y)))
+        token = output(x).argmax(-1)
         tokens.append(token)
     return torch.cat(tokens)
 
