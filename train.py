@@ -127,7 +127,7 @@ SETTINGS = {
 
 # ---------------------------------------------------------------------------------------- settings
 
-# Defaults of a dataset in the place of those above: good ones for 8 to 15 minutes of two cores.
+# What a dataset changes of the defaults above; these sizes are for 8 to 15 minutes on two cores.
 PRESETS = {
     "shakespeare": {
         "n_layer": 3,

@@ -150,17 +150,19 @@ def bare_loop(model: MegaForCausalLM, ids: torch.Tensor, new: int) -> torch.Tens
     out = model.mega(ids, use_cache=True)
     layers = []
     for block, cache in zip(model.mega.layers, out.cache.layers, strict=True):
-        w = {name: p.data for name, p in block.mega_layer.named_parameters()}
-        f = {name: p.data for name, p in block.nffn.named_parameters()}
-        layer, ffn = block.mega_layer, block.nffn
-        linears = [layer.v_proj, layer.mx_proj, layer.h_proj, ffn.fc1, ffn.fc2]
-        linears = [quick_linear(linear, 1) for linear in linears]
-        u, q, g = block.mega_layer.ema_gate.coefficients()
+        layer = block.mega_layer
+        ffn = block.nffn
+        w = {name: p.data for name, p in layer.named_parameters()}
+        f = {name: p.data for name, p in ffn.named_parameters()}
+        modules = (layer.v_proj, layer.mx_proj, layer.h_proj, ffn.fc1, ffn.fc2)
+        linears = [quick_linear(module, 1) for module in modules]
+        u, q, g = layer.ema_gate.coefficients()
         keys, values = torch.zeros(longest, Z), torch.zeros(longest, V)
         keys[:length], values[:length] = cache.keys[0], cache.values[0]
-        bias = block.mega_layer.rel_pos_bias(longest)
+        bias = layer.rel_pos_bias(longest)
         layers.append((linears, w, f, u, q, g, bias, cache.ema_state[0].clone(), keys, values))
-    table, output = model.lm_head.weight.data, quick_linear(model.lm_head, 1)
+    table = model.lm_head.weight.data
+    output = quick_linear(model.lm_head, 1)
     parts = count_parts(1, table)
     token = output(out.last_hidden_state[:, -1]).argmax(-1)
     tokens = [token]
