@@ -5857,7 +5857,9 @@ class TestLecture:
     ):
         (tmp_path / "model.py").write_text(NANOGPT)
         flags = [*TINY, f"--source={corpus}", f"--nanogpt={tmp_path / 'model.py'}"]
-        assert call(learning.main, *flags, "--nanogpt_dropout=0.3") == 0
+        with unittest.mock.patch("torch.set_num_threads") as told:
+            assert call(learning.main, *flags, "--nanogpt_dropout=0.3", "--threads=1") == 0
+        told.assert_called_with(1)
         said = capsys.readouterr().out.splitlines()
         names = [re.split(r"[,:]", line)[0 if i % 3 == 0 else 1] for i, line in enumerate(said[:4])]
         assert names[::3] == ["MEGA", "nanoGPT"] or said[0].startswith("MEGA")

@@ -100,6 +100,8 @@ def new_model_with(ema: type[nn.Module], s, codec) -> MegaForCausalLM:
 
 def learn(s, make_model=train.new_model, after_step=lambda t: None) -> train.Training:
     """A training from its first to its last step, in a folder that is deleted in the end."""
+    if s.threads:
+        torch.set_num_threads(s.threads)
     with tempfile.TemporaryDirectory() as s.out_dir, contextlib.redirect_stdout(sys.stderr):
         t = train.Training(s, train.Distributed(s.device), make_model)  # what it says is no result
         with tqdm(total=1.0, leave=False, disable=None) as bar:
