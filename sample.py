@@ -125,11 +125,13 @@ def mask_of(codec) -> int:
 
 
 @torch.no_grad()
-def fill_masks(model: MegaForMaskedLM, codec: RobertaTokenizer, prompt: str, write, count: int):
+def fill_masks(model: MegaForMaskedLM, codec, prompt: str, write, count: int):
     """Write the `count` likeliest tokens for each <mask> of the prompt, with probabilities."""
     if not isinstance(model, MegaForMaskedLM):
         raise UserError("--task fill-mask needs a MegaForMaskedLM, this is a MegaForCausalLM")
-    ids = torch.tensor([[*codec.encode(prompt), codec.end_of_text]])
+    # Before a text stands RoBERTa's <s>, which its encode writes, or the end of another text.
+    start = [codec.end_of_text] if isinstance(codec, Tokenizer) else []
+    ids = torch.tensor([[*start, *codec.encode(prompt), codec.end_of_text]])
     masks = (ids[0] == mask_of(codec)).nonzero().flatten()
     if len(masks) == 0:
         raise UserError(f"--task fill-mask needs a prompt with <mask> in it, got {prompt!r}")

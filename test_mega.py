@@ -22,11 +22,13 @@ in fp32 a tolerance is stated. Helpers and strategies come first, then a class f
     TestTrain        train.py: windows, steps, resume, kills, processes, evaluation
     TestSample       sample.py
     TestTasks        each head learns what it is for
+    TestPaperTasks   data/tasks.py
     TestHuggingFace  equal to transformers 4.40.2
     TestFaults       faults of earlier implementations, by the number in README.md
     TestLecture      README.md and data/lecture
 """
 
+import argparse
 import ast
 import copy
 import dataclasses
@@ -40,6 +42,7 @@ import itertools
 import json
 import math
 import os
+import random
 import re
 import shutil
 import signal
@@ -51,6 +54,7 @@ import time
 import types
 import unittest.mock
 import warnings
+import wave
 import zipfile
 from pathlib import Path
 
@@ -66,7 +70,7 @@ from hypothesis import strategies as st
 import mega
 import sample
 import train
-from data import common, machine, prepare
+from data import common, machine, prepare, tasks
 from data.lecture import compare, draw, exercises, experiments
 from data.lecture import learn as learning
 from mega import (
@@ -913,6 +917,8 @@ WRONG_FILES = [  # of out/: new content, or None, or a function of the old one
     ("sample", "tokenizer_meta.json", changed(pattern="[a-z]+"), "damaged"),
     ("sample", "tokenizer_meta.json", changed(end_of_text="x"), "damaged"),
     ("sample", "tokenizer_meta.json", changed(end_of_text=7), "they do not belong together"),
+    ("sample", "tokenizer_meta.json", changed(mask=5), "its mask is 5"),
+    ("sample", "tokenizer_meta.json", changed(mask=300), "they do not belong together"),
     ("train --resume", "last.pt", b"nothing", "last.pt can't be read"),
     ("train --resume", "last.pt", b"", "last.pt can't be read"),
     ("train --resume", "last.pt", lambda old: old[: len(old) // 2], "last.pt can't be read"),
@@ -3613,13 +3619,22 @@ class TestPrepare:
     def test_a_saved_tokenizer_is_the_same(self, bpe, tmp_path):
         assert bpe.size == 300 and bpe.end_of_text == 299
         assert len(bpe.encode(words(1, 50))) < len(words(1, 50).encode()) / 2
-        prepare.save_tokenizer(bpe, tmp_path)
-        assert prepare.load_tokenizer(tmp_path) == bpe
+        for codec in (bpe.with_mask(), bpe):
+            prepare.save_tokenizer(codec, tmp_path)
+            assert prepare.load_tokenizer(tmp_path) == codec
         first = (tmp_path / "tokenizer.tiktoken").read_bytes().splitlines()[0]
         assert first == b"AA== 0"  # tiktoken's format: the token in base64, its rank
         (tmp_path / "tokenizer.tiktoken").write_bytes(b"what is this")
         with pytest.raises(common.UserError, match="damaged"):
             prepare.load_tokenizer(tmp_path)
+
+    def test_a_mask_stands_for_a_word_and_the_space_before_it(self, bpe):
+        masked = bpe.with_mask()
+        text = "the <mask> of a <|endoftext|>"
+        assert masked.size == bpe.size + 1 and masked.mask == bpe.size
+        expected = [*bpe.encode("the"), masked.mask, *bpe.encode(" of a <|endoftext|>")]
+        assert masked.encode(text) == expected
+        assert bpe.decode(bpe.encode(text)) == text and bpe.size not in bpe.encode(text)
 
     @pytest.mark.parametrize("names", [
         ("wiki.train.tokens", "wiki.valid.tokens", "wiki.test.tokens"),
@@ -5265,6 +5280,19 @@ class TestSample:
         assert call(sample.main, *flags[:-1], "--prompt=the <mask>") == 0
         assert len(capsys.readouterr().out.splitlines()) == 5
 
+    def test_fill_mask_reads_a_text_of_ours_between_two_ends(self, bpe, tmp_path, capsys):
+        codec = bpe.with_mask()
+        config = small_config(is_decoder=False, bidirectional=True, vocab_size=codec.size)
+        model = randomized(mega.MegaForMaskedLM(config)).float()
+        model.save_pretrained(tmp_path)
+        prepare.save_tokenizer(codec, tmp_path)
+        flags = ["--task=fill-mask", "--prompt=the <mask> of", "--top_k=1"]
+        assert call(sample.main, f"--model={tmp_path}", *flags) == 0
+        ids = [codec.end_of_text, *codec.encode("the <mask> of"), codec.end_of_text]
+        logits = model(torch.tensor([ids])).logits[0, ids.index(codec.mask)]
+        text = codec.decode([logits.argmax().item()])
+        assert capsys.readouterr().out == f"{logits.softmax(-1).max():7.2%} {text!r}\n"
+
     def test_a_masked_model_continues_a_prompt_by_masks_and_says_what_that_means(
         self, masked, capsys
     ):
@@ -5510,6 +5538,401 @@ class TestTasks:
 
 
 # -------------------------------------------------------------------------------- TestHuggingFace
+
+
+class Toy:
+    """A translator that a table (sentences, 5, 5) of log-probabilities makes up.
+
+    The next token depends on the sum of those before it.
+    """
+
+    def __init__(self, table: torch.Tensor):
+        self.table = table
+
+    def start(self, source, mask, first):
+        return self.step(torch.cat([source, torch.zeros_like(source)], dim=1), first)
+
+    def step(self, state, token):
+        sentence, sofar = state.unbind(dim=1)
+        sofar = (sofar + token) % 5
+        return self.table[sentence, sofar], torch.stack([sentence, sofar], dim=1)
+
+
+def mnist(folder: Path, count: int, parts=("train", "t10k")) -> np.ndarray:
+    """Write images in MNIST's files: their upper part is bright, by the digit. Return them."""
+    folder.mkdir(exist_ok=True)
+    labels = np.arange(count, dtype=np.uint8) % 10
+    images = np.random.default_rng(0).integers(0, 60, (count, 28, 28)).astype(np.uint8)
+    for image, label in zip(images, labels, strict=True):
+        image[: 2 + 2 * label] += 150
+    for part in parts:
+        for kind, content in (("images-idx3", images), ("labels-idx1", labels)):
+            head = np.array([0x800 + content.ndim, *content.shape], ">i4").tobytes()
+            path = folder / f"{part}-{kind}-ubyte.gz"
+            path.write_bytes(gzip.compress(head + content.tobytes()))
+    return images
+
+
+def fsdd(folder: Path) -> dict[str, list[int]]:
+    """Write recordings of tones, higher for each digit, of two speakers. Return them by name."""
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    found = {}
+    for digit, speaker, number in itertools.product(range(10), ("ann", "bob"), range(8)):
+        length = generator.integers(200, 300)
+        tone = 9000 * np.sin((0.2 + 0.25 * digit) * np.arange(length) + generator.uniform(0, 6))
+        sound = (tone + generator.normal(0, 200, length)).astype("<i2")
+        name = f"{digit}_{speaker}_{number}.wav"
+        with wave.open(str(folder / name), "wb") as file:
+            file.setparams((1, 2, 8000, length, "NONE", ""))
+            file.writeframes(sound.tobytes())
+        found[name] = sound.tolist()
+    return found
+
+
+def multi30k(folder: Path):
+    """Write sentences, and their words in another language, in Multi30k's files."""
+    folder.mkdir()
+    known = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
+    other = ["eins", "zwei", "drei", "vier", "fünf", "sechs", "sieben", "acht"]
+    generator = np.random.default_rng(0)
+    for part, count in (("train", 300), ("test_2016_flickr", 30)):
+        rows = [generator.integers(0, 8, generator.integers(4, 8)) for _ in range(count)]
+        for language, words in (("en", known), ("de", other)):
+            text = "".join(" ".join(words[i] for i in row) + "\n" for row in rows)
+            (folder / f"{part}.lc.norm.tok.{language}").write_text(text, encoding="utf-8")
+
+
+def tiny_task(task: str, folder: Path) -> tuple[list[str], float]:
+    """Return flags for a training of seconds, and the measure it has to reach."""
+    flags = ["--n_embd=32", "--shared_size=16", "--n_layer=2", "--dropout=0", "--dtype=float32"]
+    flags += ["--device=cpu"]
+    if task == "listops":
+        return [*flags, "--expressions=1500", "--depth=1", "--arguments=3", "--max_iters=80"], 50
+    if task == "digits":
+        mnist(folder / "mnist", 100)
+        return [*flags, f"--source={folder / 'mnist'}", "--max_iters=100"], 80
+    if task == "speech":
+        fsdd(folder / "fsdd")
+        return [*flags, f"--source={folder / 'fsdd'}", "--max_iters=40"], 90
+    if task == "translation":
+        multi30k(folder / "multi30k")
+        flags += [f"--source={folder / 'multi30k'}", "--vocab_size=300", "--beams=2"]
+        return [*flags, "--positions=250", "--max_iters=200"], 60
+    text = folder / "counting.txt"
+    text.write_text("one two three four " * 3000, encoding="utf-8")
+    flags += [f"--dataset={text}", f"--data_dir={folder / 'data'}", "--vocab_size=300"]
+    return [*flags, "--max_iters=40"], 80
+
+
+class TestPaperTasks:
+    """data/tasks.py."""
+
+    @given(seed=seeds, depth=st.integers(1, 4), most=st.integers(2, 6))
+    def test_an_expression_has_the_value_of_its_tokens(self, seed, depth, most):
+        """Evaluated anew from the tokens alone, with a stack."""
+        expression = tasks.random_expression(random.Random(seed), depth, most)
+        tokens = tasks.tokens_of(expression)
+        stack = []
+        deepest = 0
+        for token in tokens:
+            if token != "]":
+                stack.append(int(token) if token.isdigit() else token)
+                deepest = max(deepest, sum(isinstance(x, str) for x in stack))
+                continue
+            operands = []
+            while isinstance(stack[-1], int):
+                operands.append(stack.pop())
+            assert 2 <= len(operands) <= most
+            operands.sort()
+            middle = (operands[(len(operands) - 1) // 2] + operands[len(operands) // 2]) // 2
+            values = {"[MIN": operands[0], "[MAX": operands[-1], "[MED": middle}
+            stack[-1] = values.get(stack[-1], sum(operands) % 10)
+        assert stack == [tasks.value_of(expression)]
+        assert deepest == tasks.depth_of(expression) <= depth
+
+    def test_no_expression_is_in_training_and_test(self):
+        s = tasks.read_settings("listops", {"expressions": 400, "shortest": 6, "longest": 9})
+        task = tasks.ListOps(s)
+        texts = [tuple(example.inputs) for example in (*task.train, *task.test)]
+        assert len(set(texts)) == len(texts) == 420 and len(task.train) == 400
+        assert {len(text) for text in texts} == {6, 7, 8, 9}
+        others = tasks.ListOps(argparse.Namespace(**{**vars(s), "seed": 5}))
+        assert [x.target for x in others.test] == [x.target for x in task.test]
+
+    @given(seed=seeds, size=st.integers(1, 60), shuffled=st.booleans())
+    def test_batches_have_each_example_once_and_fit(self, seed, size, shuffled):
+        generator = np.random.default_rng(seed)
+        lengths = generator.integers(1, 30, generator.integers(1, 40))
+        examples = [tasks.Example(np.zeros(n), i) for i, n in enumerate(lengths)]
+        found = [*tasks.batches(examples, size, generator if shuffled else None)]
+        assert sorted(x.target for some in found for x in some) == [*range(len(examples))]
+        for some in found:
+            longest = max(len(x.inputs) for x in some)
+            assert len(some) == 1 or len(some) * longest <= size
+
+    @pytest.mark.parametrize("baseline", [False, True])
+    @pytest.mark.parametrize("inputs", ["tokens", "numbers"])
+    def test_an_example_is_classified_alone_as_beside_longer_ones(self, baseline, inputs):
+        task = tasks.Classification()
+        task.settings = tasks.read_settings("speech", {"n_embd": 16, "n_layer": 2})
+        task.vocabulary = 9
+        generator = np.random.default_rng(0)
+        examples = []
+        for length in (3, 11, 8):
+            shape = (length,) if inputs == "tokens" else (length, 9)
+            row = generator.integers(0, 9, shape)
+            row = row if inputs == "tokens" else tasks.with_constant(row[:, 1:])
+            examples.append(tasks.Example(row, 2))
+        task.train = task.test = examples
+        model = (task.new_baseline(20) if baseline else task.new_model()).eval()
+        for p in model.parameters():
+            p.data += 0.1 * torch.randn(p.shape)
+        together = task.outputs(model, examples).logits
+        alone = [task.outputs(model, [example]).logits for example in examples]
+        close(torch.cat(alone), together, 1e-5)
+        assert (together[0] - together[1]).abs().max() > 1e-3
+
+    @pytest.mark.parametrize("side", [14, 28])
+    def test_digits_are_means_of_squares_of_pixels(self, side, tmp_path):
+        images = mnist(tmp_path, 20)
+        s = tasks.read_settings("digits", {"source": str(tmp_path), "side": side})
+        task = tasks.Digits(s)
+        assert (len(task.train), len(task.test)) == (20, 20)
+        step = 28 // side
+        parts = torch.tensor(images, dtype=torch.float64)[:, None]
+        expected = F.avg_pool2d(parts, step).reshape(20, -1)
+        expected = (expected - expected.mean()) / expected.std(unbiased=False)
+        for example, image, label in zip(task.train, expected, itertools.count()):
+            close(torch.from_numpy(example.inputs[:, 0]).double(), image, 1e-5)
+            assert (example.inputs[:, 1] == 1).all() and example.target == label % 10
+
+    @pytest.mark.parametrize("zipped", [True, False])
+    def test_recordings_are_read_and_divided_by_their_numbers(self, zipped, tmp_path):
+        sounds = fsdd(tmp_path / "sounds")
+        source = tmp_path / "sounds"
+        if zipped:
+            source = Path(shutil.make_archive(str(tmp_path / "sounds"), "zip", source))
+        s = tasks.read_settings("speech", {"source": str(source), "samples": 16})
+        task = tasks.Speech(s)
+        for part, wanted in ((task.train, range(5, 8)), (task.test, range(5))):
+            expected = {name: x for name, x in sounds.items() if int(name[6]) in wanted}
+            assert [x.target for x in part] == [int(name[0]) for name in sorted(expected)]
+            for example, name in zip(part, sorted(expected), strict=True):
+                sound = np.asarray(sounds[name], np.float64)
+                assert example.inputs.shape == (-(-len(sound) // 16), 17)
+                read = example.inputs[:, :16].flatten()[: len(sound)]
+                assert np.allclose(read, (sound - sound.mean()) / sound.std(), atol=1e-4)
+
+    @given(seed=seeds, beams=st.integers(1, 5), longest=st.integers(1, 6))
+    def test_beam_search_is_the_one_that_a_list_of_prefixes_makes(self, seed, beams, longest):
+        """In a language of 5 tokens, of which the last, 4, ends a sentence."""
+        table = randn(seed, 2, 5, 5).mul(2).log_softmax(-1)
+        source = torch.tensor([[0], [1]])
+        found = tasks.beam_search(Toy(table), source, None, 4, beams, longest)
+        for sentence in range(2):
+            prefixes = [(0.0, [])]
+            for _ in range(longest):
+                longer = [(score, ids) for score, ids in prefixes if 4 in ids]
+                for score, ids in prefixes:
+                    if 4 not in ids:
+                        p = table[sentence, (4 + sum(ids)) % 5].tolist()
+                        longer += [(score + p[token], [*ids, token]) for token in range(5)]
+                prefixes = sorted(longer)[-beams:]
+            expected = max(prefixes, key=lambda x: x[0] / len(x[1]))[1]
+            ids = found[sentence].tolist()
+            assert ids == expected + [4] * (len(ids) - len(expected))
+
+    def test_a_translator_goes_on_from_rows_of_its_cache(self):
+        """Token by token, in another order, with one row twice: as in a pass over all tokens."""
+        s = tasks.read_settings("translation", {"n_embd": 16, "n_layer": 2, "dropout": 0.0})
+        for model in (tasks.Translator(s, 20), tasks.TransformerTranslator(s, 20, 16)):
+            model.eval()
+            for p in model.parameters():
+                p.data += 0.1 * torch.randn(p.shape)
+            source = token_ids(1, 3, 7, 20)
+            mask = torch.arange(7) < torch.tensor([[7], [4], [5]])
+            target = token_ids(2, 3, 6, 20)
+            rows = torch.tensor([2, 0, 2])
+            with torch.no_grad():
+                expected = model(source, mask, target).log_softmax(-1)
+                other = source.masked_fill(~mask, 3)  # padding is not read
+                close(model(other, mask, target).log_softmax(-1), expected, 1e-5)
+                found, state = model.start(source, mask, target[:, 0])
+                close(found, expected[:, 0], 1e-5)
+                kept = copy.deepcopy(state)
+                chosen = tasks.rows_of(state, rows)
+                for i in range(1, 6):
+                    found, chosen = model.step(chosen, target[rows, i])
+                    close(found, expected[rows, i], 1e-5)
+                found, _ = model.step(state, target[:, 1])  # it is as it was
+                again, _ = model.step(kept, target[:, 1])
+                close(found, expected[:, 1], 1e-5)
+                assert torch.equal(found, again)
+
+    @slow
+    @pytest.mark.parametrize("task", ["listops", "digits", "speech", "translation", "masks"])
+    def test_a_tiny_version_learns_and_its_model_is_kept(self, task, tmp_path, capsys):
+        flags, least = tiny_task(task, tmp_path)
+        out = tmp_path / "out-1"
+        assert call(tasks.main, task, *flags, f"--out_dir={out}") == 0
+        result = json.loads((out / "result.json").read_text())
+        assert {"source", "out_dir", "device"}.isdisjoint(result["settings"])
+        assert result["settings"]["n_embd"] == 32
+        measure = next(iter(result["measured"]))
+        assert result["measured"][measure] >= least
+        assert f"{measure} {result['measured'][measure]:.2f}" in capsys.readouterr().out
+        kinds = {"translation": MegaForCausalLM, "masks": mega.MegaForMaskedLM}
+        kind = kinds.get(task, mega.MegaForSequenceClassification)
+        folder = out / "decoder" if task == "translation" else out
+        kept = kind.from_pretrained(folder)
+        assert all(p.isfinite().all() for p in kept.parameters())
+        other = tmp_path / "out-2"
+        short = ["--max_iters=2", "--baseline", f"--out_dir={other}"]
+        assert call(tasks.main, task, *flags, *short) == 0
+        baseline = json.loads((other / "result.json").read_text())
+        assert abs(baseline["parameters"] / result["parameters"] - 1) < 0.05
+        assert baseline["model"] == "Transformer" and result["model"] == "MEGA"
+        if task == "masks":
+            capsys.readouterr()
+            prompt = ["--task=fill-mask", "--prompt=one two <mask> four one"]
+            assert call(sample.main, f"--model={out}", *prompt, "--top_k=1") == 0
+            assert "' three'" in capsys.readouterr().out
+
+    def test_results_are_a_table_of_means(self, tmp_path, monkeypatch, capsys):
+        monkeypatch.chdir(tmp_path)
+        assert call(tasks.main, "--results") == 2
+        assert "there is no result" in capsys.readouterr().err
+        about = {"task": "digits", "parameters": 5000, "minutes": 10.0, "steps": 9}
+        for number, (model, x) in enumerate((("MEGA", 90), ("MEGA", 95), ("Transformer", 70))):
+            result = {**about, "model": model, "settings": {"side": 28}, "seed": number}
+            (tmp_path / f"out-{number}").mkdir()
+            path = tmp_path / f"out-{number}" / "result.json"
+            path.write_text(json.dumps({**result, "measured": {"accuracy": x}}))
+        assert call(tasks.main, "--results") == 0
+        rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+        assert [row[2] for row in rows] == ["MEGA", "Transformer"]
+        assert rows[0][3:] == ["--side=28", "5,000", "10.0", "2", "92.50", "90.00 to 95.00 |"]
+
+    def test_a_stopped_run_keeps_its_model_and_gives_no_result(self, tmp_path, monkeypatch, capsys):
+        flags, _ = tiny_task("listops", tmp_path)
+        update = machine.ProgressBar.update
+
+        def stop(bar, progress, text):
+            update(bar, progress, text)
+            if text.startswith("step 2,"):
+                os.kill(os.getpid(), signal.SIGINT)
+
+        monkeypatch.setattr(machine.ProgressBar, "update", stop)
+        out = tmp_path / "out"
+        assert call(tasks.main, "listops", *flags, f"--out_dir={out}") == 0
+        assert "2 steps" in capsys.readouterr().out
+        assert (out / "model.safetensors").exists() and not (out / "result.json").exists()
+        monkeypatch.undo()
+        assert call(tasks.main, "listops", *flags, "--max_iters=1", f"--out_dir={out}") == 0
+        (out / "model.safetensors").unlink()
+        assert call(tasks.main, "listops", *flags, "--max_iters=1", f"--out_dir={out}") == 2
+        assert "has the result of an earlier run" in capsys.readouterr().err
+        assert not (out / "model.safetensors").exists()
+
+    @pytest.mark.parametrize("task, flag, message", [
+        ("", "", "name a task first"),
+        ("poems", "", "got 'poems'"),
+        ("digits", "--depth=3", "digits has no setting --depth"),
+        ("digits", "--deepth=3", "there is no setting --deepth; did you mean --depth?"),
+        ("digits", "--side=7", "--side must be 14 or 28, got 7"),
+        ("digits", "--source=nowhere", "--source=nowhere does not exist"),
+        ("digits", "--source={}", "t10k-images-idx3-ubyte.gz is missing"),
+        ("digits", "--seed=-1", "--seed must be 0 or more, got -1"),
+        ("digits", "--attention=tanh", "attention_activation must be one of"),
+        ("digits", "--device=abacus", "abacus"),
+        ("digits", "--max_minutes=0", "--max_minutes must be above 0"),
+        ("speech", "--source={}", "it has 0 and 0"),
+        ("speech", "--source={}/empty.txt", "empty.txt is not a readable zip file"),
+        ("translation", "--source={}", "train.lc.norm.tok.en is missing"),
+        ("masks", "--dataset={}/empty.txt", "empty.txt is empty"),
+        ("masks", "--masked=0", "--masked must be above 0"),
+        ("listops", "--longest=4", "--longest=4 must be at least --shortest=5"),
+        ("listops", "--depth=1 --arguments=2 --expressions=400", "hardly one expression"),
+        ("listops", "--baseline --n_embd=30", "--n_embd=30 must be a multiple of 4"),
+        ("listops", "--expressions=20 --max_iters=99 --muon_learning_rate=1e30", "the loss is"),
+    ])  # fmt: skip
+    def test_a_mistake_is_one_sentence(self, task, flag, message, tmp_path, monkeypatch, capsys):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "empty.txt").touch()
+        flags = flag.format(tmp_path).split()
+        arguments = [*task.split(), *flags]
+        if task != "masks" and "device" not in flag:
+            arguments += ["--device=cpu"] * bool(task)
+        assert call(tasks.main, *arguments) == 2
+        said = capsys.readouterr().err
+        assert message in said and said.count("\n") == 1
+        assert not list(tmp_path.rglob("result.json"))
+
+    def test_damaged_data_are_one_sentence(self, tmp_path):
+        mnist(tmp_path / "mnist", 20)
+        fsdd(tmp_path / "fsdd")
+        multi30k(tmp_path / "multi30k")
+        images = "t10k-images-idx3-ubyte.gz"
+        labels = "t10k-labels-idx1-ubyte.gz"
+        for task, name, change, message in (
+            ("digits", images, lambda old: old[:-40], "damaged"),
+            ("digits", images, lambda old: b"", "damaged"),
+            ("digits", images, lambda old: gzip.compress(gzip.decompress(old)[:-1]), "damaged"),
+            ("digits", labels, lambda old: None, "is missing"),
+            ("digits", labels, lambda old: gzip.compress(b"\0\0\x08\x01\0\0\0\0"), "0 labels"),
+            (
+                "digits",
+                labels,
+                lambda old: gzip.compress(gzip.decompress(old)[:-1] + b"x"),
+                "from 0 to 9",
+            ),
+            ("speech", "3_ann_6.wav", lambda old: b"", "3_ann_6.wav is damaged"),
+            ("speech", "3_ann_6.wav", lambda old: old[:30], "3_ann_6.wav is damaged"),
+            ("speech", "3_ann_6.wav", lambda old: old[:44], "no samples"),
+            ("speech", "3_ann_6.wav", lambda old: old[:22] + b"\2" + old[23:], "not (1, 2, 8000)"),
+            ("translation", "train.lc.norm.tok.de", lambda old: old + b"x\n", "lines of train"),
+            ("translation", "train.lc.norm.tok.de", lambda old: b"\xff", "is not UTF-8"),
+            ("translation", "test_2016_flickr.lc.norm.tok.en", lambda old: b"", "0 lines"),
+        ):
+            folder = tmp_path / {"digits": "mnist", "speech": "fsdd"}.get(task, "multi30k")
+            old = (folder / name).read_bytes()
+            if change(old) is None:
+                (folder / name).unlink()
+            else:
+                (folder / name).write_bytes(change(old))
+            s = tasks.read_settings(task, {"source": str(folder)})
+            with pytest.raises(common.UserError, match=re.escape(message)):
+                tasks.TASKS[task](s)
+            (folder / name).write_bytes(old)
+            tasks.TASKS[task](s)
+
+    def test_data_are_downloaded_whole_or_not_at_all(self, tmp_path, monkeypatch, capsys):
+        fsdd(tmp_path / "sounds")
+        archive = shutil.make_archive(str(tmp_path / "sounds"), "zip", tmp_path / "sounds")
+        with Server(Path(archive).read_bytes()) as server:
+            for task, name in (("speech", "half.zip"), ("speech", "missing.zip")):
+                monkeypatch.setitem(tasks.FILES, task, (server.url(""), [name]))
+                flags = [f"--data_dir={tmp_path / 'data'}", f"--out_dir={tmp_path / 'out'}"]
+                assert call(tasks.main, task, *flags) == 2
+                said = capsys.readouterr().err.strip().splitlines()[-1]
+                assert "could not be downloaded" in said and "--source names a folder" in said
+                assert [p.name for p in (tmp_path / "data").rglob("*")] == ["speech", "lock"]
+            monkeypatch.setitem(tasks.FILES, "speech", (server.url(""), ["master.zip"]))
+            s = tasks.read_settings("speech", {"data_dir": str(tmp_path / "data")})
+            first = tasks.Speech(s)
+            asked = len(server.agents)
+            assert len(tasks.Speech(s).train) == len(first.train) == 60
+            assert len(server.agents) == asked  # what is there is not fetched again
+            server.shutdown()
+
+    def test_without_a_network_there_are_small_digits(self, tmp_path, monkeypatch, capsys):
+        pytest.importorskip("sklearn")
+        monkeypatch.setitem(tasks.FILES, "digits", ("http://127.0.0.1:9", ["images.gz"]))
+        task = tasks.Digits(tasks.read_settings("digits", {"data_dir": str(tmp_path)}))
+        assert "can't be downloaded" in capsys.readouterr().out
+        assert (len(task.train), len(task.test)) == (1500, 297)
+        assert task.train[0].inputs.shape == (64, 2) and task.train[7].target == 7
 
 
 class TestHuggingFace:

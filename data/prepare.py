@@ -30,7 +30,7 @@ import time
 import urllib.request
 import uuid
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -105,24 +105,34 @@ class Tokenizer:
     """Byte-level BPE in tiktoken: `ranks` are its tokens in the order of merging, and their ids.
 
     `end_of_text` stands before each document; it may be one more id after those of `ranks`.
+    `mask` is the last id, of a <mask>; without it, a <mask> in a text is six characters.
     """
 
     ranks: dict[bytes, int]
     pattern: str
     end_of_text: int
+    mask: int | None = None
 
     def __post_init__(self):
-        new = self.end_of_text == len(self.ranks)
+        special = {}
+        if self.end_of_text == len(self.ranks):
+            special["<|endoftext|>"] = self.end_of_text
+        if self.mask is not None:
+            special["<mask>"] = self.mask
         self.encoding = tiktoken.Encoding(
-            "mega",
-            pat_str=self.pattern,
-            mergeable_ranks=self.ranks,
-            special_tokens={"<|endoftext|>": self.end_of_text} if new else {},
+            "mega", pat_str=self.pattern, mergeable_ranks=self.ranks, special_tokens=special
         )
-        self.size = len(self.ranks) + new
+        self.size = len(self.ranks) + len(special)
+
+    def with_mask(self) -> "Tokenizer":
+        """Return this tokenizer with one more token, a mask."""
+        return replace(self, mask=self.size)
 
     def encode(self, text: str) -> list[int]:
-        return self.encoding.encode_ordinary(text)
+        if self.mask is None:
+            return self.encoding.encode_ordinary(text)
+        text = re.sub(r"\s+<mask>", "<mask>", text)  # a mask stands for a word and its space
+        return self.encoding.encode(text, allowed_special={"<mask>"}, disallowed_special=())
 
     def decode_bytes(self, ids: list[int]) -> bytes:
         return self.encoding.decode_bytes(ids)
@@ -235,7 +245,11 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path):
     ranks = sorted(tokenizer.ranks.items(), key=lambda item: item[1])
     lines = [base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks]
     write_whole(folder / "tokenizer.tiktoken", b"".join(lines))
-    meta = {"pattern": tokenizer.pattern, "end_of_text": tokenizer.end_of_text}
+    meta = {
+        "pattern": tokenizer.pattern,
+        "end_of_text": tokenizer.end_of_text,
+        "mask": tokenizer.mask,
+    }
     write_whole(folder / "tokenizer_meta.json", json.dumps(meta, indent=2).encode())
 
 
@@ -264,7 +278,10 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
                 raise ValueError("it lacks some of the 256 bytes")
             tokenizer = Tokenizer(ranks, meta["pattern"], meta["end_of_text"])
             check_pattern(tokenizer)
-            return tokenizer
+            mask = meta.get("mask")
+            if mask not in (None, tokenizer.size):
+                raise ValueError(f"its mask is {mask}, not {tokenizer.size}")
+            return tokenizer if mask is None else tokenizer.with_mask()
     except FileNotFoundError as error:
         raise UserError(f"{folder} has no tokenizer: {error.filename} is missing") from None
 

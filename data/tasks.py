@@ -1,0 +1,1004 @@
+"""Train MEGA on the paper's other tasks, at the size of a desk, and a Transformer beside it.
+
+    python -m data.tasks listops             # the value of [MAX 4 3 [MIN 2 3 ] 1 0 ] and the like
+    python -m data.tasks digits              # MNIST, pixel by pixel
+    python -m data.tasks speech              # spoken digits, from the samples of the sound
+    python -m data.tasks translation         # Multi30k, English to German
+    python -m data.tasks masks               # tokens behind masks, in the text of train.py
+    python -m data.tasks digits --baseline   # a Transformer of as many parameters instead
+    python -m data.tasks --results           # a table of the runs in this folder
+
+Each setting below is a flag, --name=value or --name value; RECIPES has a task's own defaults.
+In out_dir: the model in Hugging Face's layout (a baseline's is not kept) and result.json.
+"""
+
+import argparse
+import gzip
+import io
+import json
+import math
+import random
+import re
+import sys
+import time
+import wave
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data.common import (
+    DownloadError,
+    UserError,
+    keep_big_blocks,
+    locked,
+    read_flags,
+    reading,
+    run,
+    write_whole,
+)
+from data.machine import ProgressBar, choose_device, choose_dtype, make_autocast, told_to_stop
+from data.prepare import DATA, decode, download, load_tokenizer, new_tokenizer, save_tokenizer
+from mega import (
+    MegaCache,
+    MegaConfig,
+    MegaForCausalLM,
+    MegaForMaskedLM,
+    MegaForSequenceClassification,
+    MegaModel,
+    MegaOutput,
+    evaluating,
+)
+from train import Corpus, build_optimizers, find_data, learning_rate_factor
+
+# files
+out_dir = ""  # folder of the model; empty: out-<task>-<seed>, with -baseline
+source = ""  # folder or file of the data, in the place of a download
+data_dir = ""  # folder for downloads; empty: data/ beside this file
+# data
+dataset = "auto"  # masks: a path, or one of data/prepare.py's, as in train.py
+depth = 3  # listops: operators within each other, at most (10 in the paper)
+arguments = 5  # listops: of an operator, at most (10 in the paper)
+shortest = 5  # listops: tokens of an expression, at least (500 in the paper)
+longest = 50  # listops: tokens of an expression, at most (2000 in the paper)
+expressions = 50000  # listops: for training; one in 20 more for the test
+side = 14  # digits: pixels of a side, 14 or 28
+samples = 16  # speech: of a position
+vocab_size = 4096  # translation, masks: tokens of bpe
+masked = 0.15  # masks: part of the tokens to be named
+beams = 4  # translation: prefixes that beam search keeps
+# model
+baseline = False  # train a Transformer in the place of MEGA
+n_layer = 4  # blocks; of translation in encoder and decoder, each
+n_embd = 64  # D
+shared_size = 64  # Z
+ema_size = 16  # N
+chunk_size = 0  # C; 0: no chunks
+attention = "softmax"  # softmax, laplace or relu2
+norm = "layernorm"  # layernorm, scalenorm, rmsnorm or batchnorm
+dropout = 0.1  # of the outputs of EMA, layer and feed-forward network, and of their hidden values
+# optimization
+optimizer = "muon"  # muon or adamw
+positions = 4096  # of a batch, padding included
+max_minutes = 10.0  # minutes of training
+max_iters = 1000000  # steps at most
+learning_rate = 5e-3  # AdamW's highest, after the warm-up
+ema_learning_rate = 2e-2  # AdamW's for averages, scales of queries and keys, position biases
+muon_learning_rate = 0.02  # Muon's
+min_lr_fraction = 0.02  # fraction of the rates left at the end
+warmup_fraction = 0.05  # part of the training in which they rise
+weight_decay = 0.1  # of the matrices of linear layers
+momentum = 0.95  # of Muon
+beta1 = 0.9  # of AdamW
+beta2 = 0.98  # of AdamW
+grad_clip = 1.0  # the gradient's largest norm; 0: any
+# machine
+device = "auto"  # cpu, cuda, ...; auto: cuda if there is one
+dtype = "auto"  # float32 or bfloat16 (autocast); auto: bfloat16 where it is faster
+threads = 0  # CPU threads; 0: torch's choice
+seed = 1  # of the weights, the batches and the dropout
+
+SETTINGS = {
+    name: value
+    for name, value in globals().items()
+    if isinstance(value, bool | int | float | str) and name.islower() and name[0] != "_"
+}
+# What a task changes of these defaults.
+RECIPES = {
+    "listops": {"n_embd": 80, "dropout": 0.0},
+    "digits": {"n_layer": 3, "attention": "laplace", "dropout": 0.0},
+    "speech": {"attention": "laplace", "norm": "batchnorm"},
+    "translation": {"n_layer": 3, "n_embd": 256},
+    "masks": {"n_embd": 160, "chunk_size": 128},
+}
+
+# --------------------------------------------------------------------------------------- downloads
+
+
+FILES = {  # a task's address and files; zip and gzip notice damage themselves
+    "digits": (
+        "https://ossci-datasets.s3.amazonaws.com/mnist",
+        [
+            f"{part}-{kind}-ubyte.gz"
+            for part in ("train", "t10k")
+            for kind in ("images-idx3", "labels-idx1")
+        ],
+    ),
+    "speech": (
+        "https://github.com/Jakobovski/free-spoken-digit-dataset/archive/refs/heads",
+        ["master.zip"],
+    ),
+    "translation": (
+        "https://raw.githubusercontent.com/multi30k/dataset/master/data/task1/tok",
+        [
+            f"{part}.lc.norm.tok.{language}"
+            for part in ("train", "test_2016_flickr")
+            for language in ("en", "de")
+        ],
+    ),
+}
+
+
+def fetch(task: str, s) -> Path:
+    """Return the folder or file of a task's data: --source, or the folder of the download."""
+    if s.source:
+        path = Path(s.source).expanduser()
+        if not path.exists():
+            raise UserError(f"--source={s.source} does not exist; give the folder of the data")
+        return path
+    address, names = FILES[task]
+    folder = Path(s.data_dir or DATA).expanduser() / task
+    with locked(folder, f"another process is downloading to {folder}: waiting for it", wait=True):
+        for name in names:
+            if not (folder / name).exists():
+                try:
+                    download(f"{address}/{name}", folder / name)
+                except DownloadError as error:
+                    hint = "--source names a folder that has it"
+                    raise DownloadError(f"{error}; {hint}") from None
+    return folder
+
+
+# ---------------------------------------------------------------------------------------- examples
+
+
+class Example(NamedTuple):
+    inputs: np.ndarray  # token ids (L), or numbers (L, k)
+    target: int | np.ndarray  # a class, or token ids
+    kind: str = ""  # the accuracy is also told for each kind
+
+
+def batches(examples: list[Example], size: int, rng=None) -> Iterator[list[Example]]:
+    """Cut examples into batches of at most `size` positions (or of one), similar in length.
+
+    With a random generator, batches differ from epoch to epoch and come in a random order.
+    """
+    lengths = np.array([len(example.inputs) for example in examples], np.float64)
+    if rng is not None:
+        lengths *= rng.uniform(0.9, 1.1, len(examples))
+    found = [[]]
+    most = 0  # positions of the longest so far
+    for i in np.argsort(lengths, kind="stable"):
+        most = max(most, len(examples[i].inputs))
+        if found[-1] and (len(found[-1]) + 1) * most > size:
+            found.append([])
+        found[-1].append(examples[i])
+    if rng is not None:
+        rng.shuffle(found)
+    yield from found
+
+
+def pad(rows: list[np.ndarray], value: int = 0) -> tuple[Tensor, Tensor]:
+    """Stack rows (L, ...) of several lengths, padded behind, and a mask that is False there."""
+    lengths = torch.tensor([len(row) for row in rows])
+    tensors = [torch.from_numpy(row) for row in rows]
+    stacked = nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
+    return stacked, torch.arange(stacked.shape[1]) < lengths.unsqueeze(1)
+
+
+def with_constant(numbers: np.ndarray) -> np.ndarray:
+    """Append a 1 to each position's numbers (L, k), for the bias of the map that reads them."""
+    ones = np.ones((len(numbers), 1), np.float32)
+    return np.concatenate([numbers.astype(np.float32), ones], axis=1)
+
+
+class Classification:
+    """A task with a class for each sequence, measured by accuracy.
+
+    A task has two lists of examples, `train` and `test`; it makes its models, gives the loss of
+    some examples, measures a model on `test` and saves what belongs to it.
+    """
+
+    vocabulary: int  # tokens; where inputs are numbers, how many a position has
+
+    def new_model(self) -> MegaForSequenceClassification:
+        more = {"mean_pooling": True, "num_labels": 10}
+        return MegaForSequenceClassification(new_config(self.settings, self.vocabulary, **more))
+
+    def new_baseline(self, ffn_size: int) -> nn.Module:
+        longest = max(len(example.inputs) for example in (*self.train, *self.test))
+        return TransformerEncoder(self.settings, self.vocabulary, longest, ffn_size, classes=10)
+
+    def outputs(self, model: nn.Module, examples: list[Example]) -> MegaOutput:
+        """Apply a model. A position's numbers are weights for the sum of the embedding's rows."""
+        device = device_of(model)
+        inputs, mask = pad([example.inputs for example in examples])
+        inputs = inputs.to(device)
+        given = {"attention_mask": mask.to(device)}
+        if inputs.is_floating_point():
+            given["inputs_embeds"] = inputs @ table_of(model).weight
+        else:
+            given["input_ids"] = inputs
+        labels = torch.tensor([example.target for example in examples], device=device)
+        return model(**given, labels=labels)
+
+    def loss(self, model: nn.Module, examples: list[Example]) -> Tensor:
+        return self.outputs(model, examples).loss
+
+    def measure(self, model: nn.Module) -> dict[str, float]:
+        """Return the accuracy on the test examples, of all and of each kind, in percent."""
+        right = {}
+        for some in batches(self.test, 4 * self.settings.positions):
+            found = self.outputs(model, some).logits.argmax(dim=-1).tolist()
+            for example, label in zip(some, found, strict=True):
+                for name in {"accuracy", f"accuracy {example.kind}".strip()}:
+                    right.setdefault(name, []).append(100.0 * (label == example.target))
+        return {name: float(np.mean(found)) for name, found in sorted(right.items())}
+
+    def save(self, model: MegaForSequenceClassification, folder: Path):
+        model.save_pretrained(folder)
+
+
+# ----------------------------------------------------------------------------------------- listops
+
+
+OPERATORS = {
+    "[MIN": min,
+    "[MAX": max,
+    "[MED": lambda values: int(np.median(values)),  # of 2 and 5: 3.5, and without its half 3
+    "[SM": lambda values: sum(values) % 10,
+}
+SYMBOLS = ["padding", *map(str, range(10)), *OPERATORS, "]"]
+NESTED = 0.25  # part of the operands that are expressions
+
+
+def random_expression(rng: random.Random, depth: int, most: int) -> tuple:
+    """Return an operator and 2 to `most` operands: digits or, less deep, expressions."""
+    operands = []
+    for _ in range(rng.randint(2, most)):
+        if depth > 1 and rng.random() < NESTED:
+            operands.append(random_expression(rng, depth - 1, most))
+        else:
+            operands.append(rng.randrange(10))
+    return rng.choice([*OPERATORS]), *operands
+
+
+def tokens_of(expression) -> list[str]:
+    if isinstance(expression, int):
+        return [str(expression)]
+    operator, *operands = expression
+    return [operator, *(token for operand in operands for token in tokens_of(operand)), "]"]
+
+
+def value_of(expression) -> int:
+    if isinstance(expression, int):
+        return expression
+    operator, *operands = expression
+    return OPERATORS[operator]([value_of(operand) for operand in operands])
+
+
+def depth_of(expression) -> int:
+    if isinstance(expression, int):
+        return 0
+    return 1 + max(depth_of(operand) for operand in expression[1:])
+
+
+class ListOps(Classification):
+    """Expressions as in Long Range Arena: operators on digits, whose value is a digit again."""
+
+    vocabulary = len(SYMBOLS)
+
+    def __init__(self, s):
+        self.settings = s
+        rng = random.Random(0)  # the same expressions whatever the seed
+        found = {}  # by their tokens, so that none is in training and test
+        tests = max(s.expressions // 20, 1)
+        tries = 0
+        while len(found) < s.expressions + tests:
+            tries += 1
+            if tries > 1000 + 100 * len(found):
+                raise UserError(
+                    f"hardly one expression in a hundred of --depth={s.depth} and "
+                    f"--arguments={s.arguments} is new and has {s.shortest} to {s.longest} tokens; "
+                    "change --shortest, --longest, --depth, or lower --expressions"
+                )
+            expression = random_expression(rng, s.depth, s.arguments)
+            tokens = tokens_of(expression)
+            if s.shortest <= len(tokens) <= s.longest:
+                ids = np.array([SYMBOLS.index(token) for token in tokens])
+                kind = f"at depth {depth_of(expression)}"
+                found[tuple(tokens)] = Example(ids, value_of(expression), kind)
+        examples = [*found.values()]
+        self.train = examples[tests:]
+        self.test = examples[:tests]
+
+
+# ------------------------------------------------------------------------------------------ digits
+
+
+class Digits(Classification):
+    """MNIST, one position a pixel; 64 pixels a digit of scikit-learn's where it can't be had."""
+
+    vocabulary = 2  # a pixel and a constant
+
+    def __init__(self, s):
+        self.settings = s
+        try:
+            folder = fetch("digits", s)
+        except DownloadError as error:
+            print(
+                f"note: MNIST can't be downloaded, so scikit-learn's small digits are used: {error}"
+            )
+            examples = self.small_digits()
+            self.train = examples[:1500]
+            self.test = examples[1500:]
+            return
+        self.test = self.read(folder, "t10k")
+        if (folder / "train-images-idx3-ubyte.gz").exists():
+            self.train = self.read(folder, "train")
+        else:
+            print(f"note: {folder} has the test images only: 8,000 of them are for training")
+            self.train = self.test[:8000]
+            self.test = self.test[8000:]
+
+    def read(self, folder: Path, part: str) -> list[Example]:
+        """Read images (n, 28, 28) and make them smaller: means of squares of pixels."""
+        images = read_idx(folder / f"{part}-images-idx3-ubyte.gz", 3)
+        labels = read_idx(folder / f"{part}-labels-idx1-ubyte.gz", 1)
+        if images.shape != (len(labels), 28, 28) or len(labels) == 0 or labels.max() > 9:
+            raise UserError(
+                f"{folder} has images {images.shape} of {part} and {len(labels)} labels; it needs "
+                "one of 28 x 28 pixels for each label, and labels from 0 to 9"
+            )
+        side = self.settings.side
+        step = 28 // side
+        pixels = images.reshape(len(images), side, step, side, step).mean(axis=(2, 4))
+        return as_examples(pixels / 255, labels)
+
+    def small_digits(self) -> list[Example]:
+        from sklearn.datasets import load_digits
+
+        found = load_digits()
+        return as_examples(found.images / 16, found.target)
+
+
+def as_examples(images: np.ndarray, labels: np.ndarray) -> list[Example]:
+    """Make images (n, height, width) of numbers from 0 to 1 into sequences of pixels."""
+    images = (images - images.mean()) / images.std()
+    return [
+        Example(with_constant(image.reshape(-1, 1)), int(label))
+        for image, label in zip(images, labels, strict=True)
+    ]
+
+
+def read_idx(path: Path, dimensions: int) -> np.ndarray:
+    """Read a file of MNIST's format: a number that tells the dimensions, the sizes, the bytes."""
+    if not path.exists():
+        raise UserError(f"{path} is missing; --source names the folder with MNIST's files")
+    with reading(f"{path} is damaged"):
+        content = gzip.decompress(path.read_bytes())
+        start = 4 + 4 * dimensions
+        magic, *sizes = np.frombuffer(content[:start], ">i4").tolist()
+        if magic != 0x800 + dimensions:
+            raise ValueError(f"its first number is {magic}, not {0x800 + dimensions}")
+        return np.frombuffer(content[start:], np.uint8).reshape(sizes)
+
+
+# ------------------------------------------------------------------------------------------ speech
+
+
+RECORDING = re.compile(r"(\d)_[A-Za-z]+_(\d+)\.wav")  # digit, speaker, number
+
+
+class Speech(Classification):
+    """The Free Spoken Digit Dataset: each position some samples of the sound at 8 kHz."""
+
+    def __init__(self, s):
+        self.settings = s
+        self.vocabulary = s.samples + 1  # and a constant
+        folder = fetch("speech", s)
+        self.train = []
+        self.test = []
+        for name, content in recordings(folder).items():
+            digit, number = RECORDING.fullmatch(name).groups()
+            example = Example(self.cut(read_wav(name, content)), int(digit))
+            part = self.test if int(number) < 5 else self.train  # as the dataset's authors say
+            part.append(example)
+        if not self.train or not self.test:
+            raise UserError(
+                f"{folder} needs recordings with names like 7_jackson_0.wav, numbered 0 to 4 for "
+                f"the test and from 5 for training; it has {len(self.test)} and {len(self.train)}"
+            )
+
+    def cut(self, sound: np.ndarray) -> np.ndarray:
+        """Cut a sound into positions of so many samples each."""
+        size = self.settings.samples
+        return with_constant(np.pad(sound, (0, -len(sound) % size)).reshape(-1, size))
+
+
+def recordings(source: Path) -> dict[str, bytes]:
+    """Read the recordings of a zip, or of a folder, or of a zip in a folder."""
+    zips = sorted(source.glob("*.zip")) if source.is_dir() else [source]
+    if not zips:
+        paths = [path for path in sorted(source.rglob("*.wav")) if RECORDING.fullmatch(path.name)]
+        return {path.name: path.read_bytes() for path in paths}
+    with reading(f"{zips[0]} is not a readable zip file"), zipfile.ZipFile(zips[0]) as archive:
+        names = {name.rsplit("/", 1)[-1]: name for name in sorted(archive.namelist())}
+        return {
+            name: archive.read(path) for name, path in names.items() if RECORDING.fullmatch(name)
+        }
+
+
+def read_wav(name: str, content: bytes) -> np.ndarray:
+    """Read a sound as numbers of mean 0 and standard deviation 1."""
+    with reading(f"{name} is damaged"), wave.open(io.BytesIO(content)) as file:
+        found = (file.getnchannels(), file.getsampwidth(), file.getframerate())
+        if found != (1, 2, 8000):
+            raise ValueError(f"channels, bytes and rate are {found}, not (1, 2, 8000)")
+        sound = np.frombuffer(file.readframes(file.getnframes()), "<i2").astype(np.float32)
+        if len(sound) == 0:
+            raise ValueError("it has no samples")
+    return (sound - sound.mean()) / (sound.std() + 1e-6)
+
+
+# ------------------------------------------------------------------------------------- translation
+
+
+class Translator(nn.Module):
+    """A bidirectional encoder, and a decoder that attends to its states; one table of embeddings.
+
+    What translates needs two functions: `start` reads the sentences, `step` one token of each
+    translation. Both return log-probabilities (B, vocabulary) of the next token, and a state.
+    """
+
+    def __init__(self, s, vocabulary: int):
+        super().__init__()
+        self.encoder = MegaModel(new_config(s, vocabulary), add_pooling_layer=False)
+        decoder = {"is_decoder": True, "bidirectional": False, "add_cross_attention": True}
+        self.decoder = MegaForCausalLM(new_config(s, vocabulary, **decoder))
+        table = table_of(self.encoder).weight
+        table_of(self.decoder).weight = table
+        self.decoder.lm_head.weight = table
+
+    def forward(self, source: Tensor, mask: Tensor, target: Tensor) -> Tensor:
+        """Return logits (B, T, vocabulary) of the token after each of target (B, T)."""
+        return self.decoder(target, **self.encode(source, mask), use_cache=False).logits
+
+    def encode(self, source: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """Return what the decoder needs of sentences (B, S)."""
+        states = self.encoder(source, mask).last_hidden_state
+        return {"encoder_hidden_states": states, "encoder_attention_mask": mask}
+
+    def start(self, source: Tensor, mask: Tensor, first: Tensor) -> tuple[Tensor, MegaCache]:
+        out = self.decoder(first.unsqueeze(1), **self.encode(source, mask), use_cache=True)
+        return log_probabilities(out.logits), out.cache
+
+    def step(self, cache: MegaCache, token: Tensor) -> tuple[Tensor, MegaCache]:
+        out = self.decoder(token.unsqueeze(1), cache=cache, use_cache=True)
+        return log_probabilities(out.logits), out.cache
+
+    def save_pretrained(self, folder: Path):
+        self.encoder.save_pretrained(folder / "encoder")
+        self.decoder.save_pretrained(folder / "decoder")
+
+
+def log_probabilities(logits: Tensor) -> Tensor:
+    return logits[:, -1].float().log_softmax(dim=-1)
+
+
+def rows_of(state, rows: Tensor):
+    """Return some sequences of a cache, in this order; the cache stays as it is."""
+    if torch.is_tensor(state):
+        return state[rows]
+    if isinstance(state, list):
+        return [rows_of(part, rows) for part in state]
+    if isinstance(state, tuple):  # a named one
+        return type(state)(*(rows_of(part, rows) for part in state))
+    return state
+
+
+def beam_search(model, source: Tensor, mask: Tensor, end: int, beams: int, longest: int) -> Tensor:
+    """Translate sentences (B, S): keep the likeliest prefixes, `beams` of each; 1 is greedy search.
+
+    A cache is a value, so two prefixes that go on from the same one share its cache. Returns ids
+    (B, T), filled up with `end`, of the highest mean log-probability of a token.
+    """
+    B = len(source)
+    log_p, state = model.start(source, mask, torch.full((B,), end, device=source.device))
+    scores, token = log_p.topk(beams)  # (B, beams)
+    sentence = torch.arange(B, device=source.device).unsqueeze(1)  # (B, 1)
+    state = rows_of(state, sentence.expand(B, beams).flatten())
+    ids = token.unsqueeze(-1)  # (B, beams, T)
+    while ids.shape[-1] < longest and not (token == end).all():
+        log_p, state = model.step(state, token.flatten())
+        log_p = log_p.view(B, beams, -1)
+        ended = (token == end).unsqueeze(-1)
+        stay = torch.full_like(log_p, -math.inf)
+        stay[..., end] = 0.0  # what has ended goes on with its end, at no cost
+        scores = scores.unsqueeze(-1) + torch.where(ended, stay, log_p)
+        scores, best = scores.flatten(1).topk(beams)  # (B, beams)
+        parent = best // log_p.shape[-1]
+        token = best % log_p.shape[-1]
+        ids = torch.cat([ids[sentence, parent], token.unsqueeze(-1)], dim=-1)
+        state = rows_of(state, (sentence * beams + parent).flatten())
+    lengths = ((ids != end).sum(dim=-1) + 1).clamp(max=ids.shape[-1])  # with the end, if it came
+    best = (scores / lengths).argmax(dim=1)
+    return ids[sentence.squeeze(1), best]
+
+
+class Translation:
+    """Multi30k's descriptions of pictures, English to German, measured by BLEU."""
+
+    def __init__(self, s):
+        self.settings = s
+        folder = fetch("translation", s)
+        train = self.read(folder, "train")
+        self.tokenizer = new_tokenizer(
+            "bpe", s.vocab_size, [text for pair in train for text in pair]
+        )
+        self.train = self.examples(train)
+        self.test = self.examples(self.read(folder, "test_2016_flickr"))
+
+    def read(self, folder: Path, part: str) -> list[tuple[str, str]]:
+        """Read pairs of sentences from two files of as many lines."""
+        texts = []
+        for language in ("en", "de"):
+            path = folder / f"{part}.lc.norm.tok.{language}"
+            if not path.exists():
+                raise UserError(
+                    f"{path} is missing; --source names the folder with Multi30k's files"
+                )
+            texts.append(decode(path.read_bytes(), str(path)).splitlines())
+        english, german = texts
+        if len(english) != len(german) or not english:
+            raise UserError(
+                f"{folder} has {len(english)} lines of {part} in English, {len(german)} in German"
+            )
+        return [*zip(english, german, strict=True)]
+
+    def examples(self, pairs: list[tuple[str, str]]) -> list[Example]:
+        end = self.tokenizer.end_of_text
+        ids = [
+            [np.array([*self.tokenizer.encode(text), end]) for text in (english, german)]
+            for english, german in pairs
+        ]
+        return [Example(english, german) for english, german in ids]
+
+    def new_model(self) -> Translator:
+        return Translator(self.settings, self.tokenizer.size)
+
+    def new_baseline(self, ffn_size: int) -> nn.Module:
+        return TransformerTranslator(self.settings, self.tokenizer.size, ffn_size)
+
+    def loss(self, model: nn.Module, examples: list[Example]) -> Tensor:
+        """Return the cross-entropy of the targets, a tenth of it spread over all tokens."""
+        device = device_of(model)
+        source, mask = pad([example.inputs for example in examples])
+        target, _ = pad([example.target for example in examples], value=-100)
+        before = F.pad(target[:, :-1], (1, 0), value=self.tokenizer.end_of_text).clamp(min=0)
+        logits = model(source.to(device), mask.to(device), before.to(device)).float()
+        return F.cross_entropy(
+            logits.flatten(0, 1), target.flatten().to(device), label_smoothing=0.1
+        )
+
+    def measure(self, model: nn.Module) -> dict[str, float]:
+        """Return the BLEU of the test sentences, by greedy search and by beam search."""
+        found = {"BLEU, greedy": self.bleu(model, 1)}
+        if self.settings.beams > 1:
+            found[f"BLEU, {self.settings.beams} beams"] = self.bleu(model, self.settings.beams)
+        return found
+
+    def bleu(self, model: nn.Module, beams: int) -> float:
+        import sacrebleu
+
+        device = device_of(model)
+        end = self.tokenizer.end_of_text
+        found = []
+        references = []
+        for some in batches(self.test, self.settings.positions // beams):
+            source, mask = pad([example.inputs for example in some])
+            longest = 2 * source.shape[1] + 10
+            ids = beam_search(model, source.to(device), mask.to(device), end, beams, longest)
+            found += [self.text(row) for row in ids.tolist()]
+            references += [self.text(example.target.tolist()) for example in some]
+        # The text is in tokens already, so no more is asked of sacrebleu than to count.
+        return sacrebleu.corpus_bleu(found, [references], tokenize="none", force=True).score
+
+    def text(self, ids: list[int]) -> str:
+        end = self.tokenizer.end_of_text
+        return self.tokenizer.decode(ids[: ids.index(end)] if end in ids else ids)
+
+    def save(self, model: Translator, folder: Path):
+        model.save_pretrained(folder)
+        save_tokenizer(self.tokenizer, folder)
+
+
+# ------------------------------------------------------------------------------------------- masks
+
+
+class Masks:
+    """Masked language modelling: name tokens behind masks, from the text on both sides."""
+
+    window = 256  # tokens
+
+    def __init__(self, s):
+        self.settings = s
+        text = {"dataset": s.dataset, "source": s.source, "data_dir": s.data_dir}
+        usual = {"train_split": "train", "val_split": "val", "tokenizer": "bpe"}
+        with find_data(argparse.Namespace(**text, **usual, vocab_size=s.vocab_size)) as folder:
+            self.tokenizer = load_tokenizer(folder).with_mask()
+            corpus = Corpus(folder, self.tokenizer, self.window, s.seed)
+            self.train = self.cut(corpus.ids("train").numpy())
+            self.test = self.cut(corpus.ids("val").numpy())
+
+    def cut(self, ids: np.ndarray) -> list[Example]:
+        starts = range(0, len(ids), self.window)
+        return [Example(ids[start : start + self.window], target=0) for start in starts]
+
+    def new_model(self) -> MegaForMaskedLM:
+        return MegaForMaskedLM(new_config(self.settings, self.tokenizer.size))
+
+    def new_baseline(self, ffn_size: int) -> nn.Module:
+        return TransformerEncoder(self.settings, self.tokenizer.size, self.window, ffn_size)
+
+    def outputs(self, model: nn.Module, examples: list[Example], generator=None):
+        """Put masks over some of the tokens; return logits (M, vocabulary) and what they were."""
+        device = device_of(model)
+        ids, mask = pad([example.inputs for example in examples])
+        hidden = mask & (torch.rand(ids.shape, generator=generator) < self.settings.masked)
+        seen = ids.masked_fill(hidden, self.tokenizer.mask)
+        logits = model(seen.to(device), mask.to(device)).logits
+        return logits[hidden.to(device)].float(), ids[hidden].to(device)
+
+    def loss(self, model: nn.Module, examples: list[Example]) -> Tensor:
+        return F.cross_entropy(*self.outputs(model, examples))
+
+    def measure(self, model: nn.Module) -> dict[str, float]:
+        """Return how many masked tokens are named (percent) and the perplexity of a masked one."""
+        generator = torch.Generator().manual_seed(0)  # the same masks for all models
+        right = 0
+        nats = 0.0
+        total = 0
+        for some in batches(self.test, self.settings.positions):
+            logits, tokens = self.outputs(model, some, generator)
+            right += (logits.argmax(dim=-1) == tokens).sum().item()
+            nats += F.cross_entropy(logits, tokens, reduction="sum").item()
+            total += len(tokens)
+        return {"accuracy": 100 * right / total, "perplexity": math.exp(nats / total)}
+
+    def save(self, model: MegaForMaskedLM, folder: Path):
+        model.save_pretrained(folder)
+        save_tokenizer(self.tokenizer, folder)  # for sample.py --task fill-mask
+
+
+# ----------------------------------------------------------------------------------- Transformers
+
+
+HEADS = 4
+TABLE = 512  # learned positions of a translator
+
+
+class TransformerEncoder(nn.Module):
+    """torch's encoder with learned positions, called as MEGA's heads are.
+
+    It gives logits of `classes` from the mean of all positions or, without, of tokens at each one.
+    """
+
+    def __init__(self, s, vocabulary: int, longest: int, ffn_size: int, classes: int = 0):
+        super().__init__()
+        self.pool = classes > 0
+        self.embedding = nn.Embedding(vocabulary, s.n_embd)
+        self.positions = nn.Embedding(longest, s.n_embd)
+        layer = nn.TransformerEncoderLayer(s.n_embd, HEADS, ffn_size, **options_of(s))
+        norm = nn.LayerNorm(s.n_embd)
+        self.encoder = nn.TransformerEncoder(layer, s.n_layer, norm, enable_nested_tensor=False)
+        self.output = nn.Linear(s.n_embd, classes or vocabulary)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        nn.init.normal_(self.positions.weight, std=0.02)
+        if not self.pool:
+            self.output.weight = self.embedding.weight
+
+    def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, labels=None):
+        x = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
+        x = self.encoder(
+            x + self.positions.weight[: x.shape[1]], src_key_padding_mask=~attention_mask
+        )
+        if self.pool:
+            shares = attention_mask / attention_mask.sum(dim=1, keepdim=True)
+            x = (x * shares.unsqueeze(-1)).sum(dim=1)
+        logits = self.output(x)
+        loss = None if labels is None else F.cross_entropy(logits, labels)
+        return MegaOutput(loss=loss, logits=logits)
+
+
+class Prefix(NamedTuple):
+    """The state of a translator without a cache: all that it has read."""
+
+    ids: Tensor
+    states: Tensor
+    mask: Tensor
+
+
+class TransformerTranslator(nn.Module):
+    """torch's encoder and decoder with learned positions, called as Translator is.
+
+    It reads its whole prefix anew at each step.
+    """
+
+    def __init__(self, s, vocabulary: int, ffn_size: int):
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, s.n_embd)
+        self.positions = nn.Embedding(TABLE, s.n_embd)
+        layer = nn.TransformerEncoderLayer(s.n_embd, HEADS, ffn_size, **options_of(s))
+        norm = nn.LayerNorm(s.n_embd)
+        self.encoder = nn.TransformerEncoder(layer, s.n_layer, norm, enable_nested_tensor=False)
+        layer = nn.TransformerDecoderLayer(s.n_embd, HEADS, ffn_size, **options_of(s))
+        self.decoder = nn.TransformerDecoder(layer, s.n_layer, nn.LayerNorm(s.n_embd))
+        self.output = nn.Linear(s.n_embd, vocabulary)
+        self.output.weight = self.embedding.weight
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        nn.init.normal_(self.positions.weight, std=0.02)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return self.embedding(ids) + self.positions.weight[: ids.shape[1]]
+
+    def forward(self, source: Tensor, mask: Tensor, target: Tensor) -> Tensor:
+        return self.decode(Prefix(target, self.encode(source, mask), mask))
+
+    def encode(self, source: Tensor, mask: Tensor) -> Tensor:
+        return self.encoder(self.embed(source), src_key_padding_mask=~mask)
+
+    def decode(self, prefix: Prefix) -> Tensor:
+        length = prefix.ids.shape[1]
+        future = torch.ones(length, length, dtype=torch.bool, device=prefix.ids.device).triu(1)
+        masks = {"tgt_mask": future, "memory_key_padding_mask": ~prefix.mask}
+        return self.output(self.decoder(self.embed(prefix.ids), prefix.states, **masks))
+
+    def start(self, source: Tensor, mask: Tensor, first: Tensor) -> tuple[Tensor, Prefix]:
+        prefix = Prefix(first.unsqueeze(1), self.encode(source, mask), mask)
+        return log_probabilities(self.decode(prefix)), prefix
+
+    def step(self, prefix: Prefix, token: Tensor) -> tuple[Tensor, Prefix]:
+        prefix = prefix._replace(ids=torch.cat([prefix.ids, token.unsqueeze(1)], dim=1))
+        return log_probabilities(self.decode(prefix)), prefix
+
+
+def options_of(s) -> dict:
+    return {"dropout": s.dropout, "activation": "gelu", "batch_first": True, "norm_first": True}
+
+
+def of_size(make, parameters: int) -> nn.Module:
+    """Return make(F) with the F, at least 1, whose number of parameters is the nearest."""
+    one = count(make(1))
+    each = count(make(2)) - one
+    return make(max(1 + round((parameters - one) / each), 1))
+
+
+# ---------------------------------------------------------------------------------------- training
+
+
+TASKS = {
+    "listops": ListOps,
+    "digits": Digits,
+    "speech": Speech,
+    "translation": Translation,
+    "masks": Masks,
+}
+
+
+def count(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def table_of(model: nn.Module) -> nn.Embedding:
+    """Return the embedding of the tokens, the first of a model's."""
+    return next(m for m in model.modules() if isinstance(m, nn.Embedding))
+
+
+def new_config(s, vocabulary: int, **more) -> MegaConfig:
+    settings = {
+        "vocab_size": vocabulary,
+        "num_hidden_layers": s.n_layer,
+        "hidden_size": s.n_embd,
+        "intermediate_size": 2 * s.n_embd,
+        "nffn_hidden_size": 2 * s.n_embd,
+        "shared_representation_size": s.shared_size,
+        "ema_projection_size": s.ema_size,
+        "use_chunking": s.chunk_size > 0,
+        "chunk_size": s.chunk_size or -1,
+        "attention_activation": s.attention,
+        "normalization_type": s.norm,
+        "final_norm": True,
+        "scale_embedding": True,
+        "add_lm_hidden_dense_layer": False,
+        "dropout_prob": s.dropout,
+        "hidden_dropout_prob": s.dropout,
+        "nffn_activation_dropout_prob": s.dropout,
+        "attention_probs_dropout_prob": 0.0,
+        "pad_token_id": None,
+    }
+    try:
+        return MegaConfig(**{**settings, **more})
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def train_model(s, task, model: nn.Module, autocast) -> tuple[int, bool]:
+    """Train for s.max_minutes; return the number of steps, and whether all were done."""
+    optimizers = build_optimizers(s, model, device_of(model), torch.float32)
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    highest = [group["lr"] for group in groups]
+    rng = np.random.default_rng(s.seed)
+    bar = ProgressBar(True, 0.0)
+    start = time.perf_counter()
+    step = 0
+    with told_to_stop(True) as signals, bar.bar:
+        while True:
+            for examples in batches(task.train, s.positions, rng):
+                minutes = (time.perf_counter() - start) / 60
+                progress = max(minutes / s.max_minutes, step / s.max_iters)
+                if progress >= 1 or signals:
+                    return step, not signals
+                for group, rate in zip(groups, highest, strict=True):
+                    group["lr"] = rate * learning_rate_factor(s, progress)
+                with autocast:
+                    loss = task.loss(model, examples)
+                if not loss.isfinite():
+                    raise UserError(
+                        f"the loss is {loss.item()} after {step} steps; lower the learning rates"
+                    )
+                loss.backward()
+                nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf)
+                for optimizer in optimizers:
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
+                step += 1
+                bar.update(progress, f"step {step}, loss {loss.item():.3f}")
+
+
+def run_task(name: str, s, given: dict):
+    """Read the data, train, measure and save."""
+    keep_big_blocks()
+    if s.threads:
+        torch.set_num_threads(s.threads)
+    device = choose_device(s.device)
+    autocast = make_autocast(device, choose_dtype(s.dtype, device))
+    folder = Path(s.out_dir).expanduser()
+    with locked(folder, f"another run is at work in {folder}; choose another --out_dir"):
+        if (folder / "result.json").exists():
+            raise UserError(
+                f"{folder} has the result of an earlier run; delete or rename it, or choose "
+                "another --seed or --out_dir"
+            )
+        task = TASKS[name](s)
+        torch.manual_seed(s.seed)
+        model = task.new_model()
+        if s.baseline:
+            model = of_size(task.new_baseline, count(model))
+        model.to(device)
+        about = {
+            "task": name,
+            "model": "Transformer" if s.baseline else "MEGA",
+            "parameters": count(model),
+            "settings": {n: x for n, x in sorted(given.items()) if n not in NO_MATTER},
+            "seed": s.seed,
+        }
+        print(
+            f"{name}: {about['model']}, {count(model):,} parameters on {device}; "
+            f"{len(task.train):,} examples for training, {len(task.test):,} for the test"
+        )
+        start = time.perf_counter()
+        steps, all_done = train_model(s, task, model, autocast)
+        minutes = (time.perf_counter() - start) / 60
+        if not s.baseline:
+            task.save(model, folder)
+        with evaluating(model), torch.no_grad(), autocast:
+            measured = task.measure(model)
+        result = {**about, "minutes": minutes, "steps": steps, "measured": measured}
+        if all_done:  # of a run that was stopped there is a model, and no result
+            write_whole(folder / "result.json", json.dumps(result, indent=2).encode())
+    found = ", ".join(f"{what} {value:.2f}" for what, value in measured.items())
+    print(f"{name}, {about['model']}, {steps:,} steps in {minutes:.1f} minutes: {found}")
+
+
+def print_results(folder: Path):
+    """Print a table of the result.json in folder/*: runs that differ in the seed are one row."""
+    found = {}
+    for path in sorted(folder.glob("*/result.json")):
+        with reading(f"{path} is damaged"):
+            result = json.loads(path.read_bytes())
+            settings = " ".join(f"--{name}={x}" for name, x in result["settings"].items())
+            for what, value in result["measured"].items():
+                key = (result["task"], what, result["model"], settings, result["parameters"])
+                found.setdefault(key, []).append((value, result["minutes"]))
+    if not found:
+        raise UserError("there is no result in this folder; python -m data.tasks digits makes one")
+    print("| task | measure | model | settings | parameters | minutes | runs | mean | range |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for (task, what, model, settings, parameters), runs in sorted(found.items()):
+        values, minutes = zip(*runs, strict=True)
+        print(
+            f"| {task} | {what} | {model} | {settings} | {parameters:,} | {np.mean(minutes):.1f} "
+            f"| {len(runs)} | {np.mean(values):.2f} | {min(values):.2f} to {max(values):.2f} |"
+        )
+
+
+# -------------------------------------------------------------------------------------------- main
+
+
+RULES = (  # names, the rule in words, the rule as a function
+    ("depth shortest expressions samples beams", "at least 1", lambda x: x >= 1),
+    ("n_layer n_embd shared_size ema_size positions max_iters", "at least 1", lambda x: x >= 1),
+    ("arguments", "at least 2", lambda x: x >= 2),
+    ("beams", "at most 256", lambda x: x <= 256),
+    ("chunk_size threads seed weight_decay grad_clip", "0 or more", lambda x: x >= 0),
+    ("max_minutes learning_rate ema_learning_rate", "above 0", lambda x: x > 0),
+    ("muon_learning_rate", "above 0", lambda x: x > 0),
+    ("masked", "above 0 and below 1", lambda x: 0 < x < 1),
+    ("dropout momentum beta1 beta2", "0 or more and below 1", lambda x: 0 <= x < 1),
+    ("min_lr_fraction warmup_fraction", "0 or more and below 1", lambda x: 0 <= x < 1),
+    ("side", "14 or 28", lambda x: x in (14, 28)),
+    ("optimizer", "muon or adamw", lambda x: x in ("muon", "adamw")),
+    ("dtype", "auto, float32 or bfloat16", lambda x: x in ("auto", "float32", "bfloat16")),
+)
+# What does not tell one row of the table of results from another.
+NO_MATTER = ("out_dir", "source", "data_dir", "baseline", "device", "threads", "seed")
+
+
+def read_settings(name: str, given: dict) -> argparse.Namespace:
+    """Return a task's settings, changed by the flags."""
+    comments = dict(re.findall(r"(?m)^(\w+) = .*?  # (.*)$", Path(__file__).read_text("utf-8")))
+    for flag in given:
+        of, _, _ = comments[flag].partition(":")
+        tasks = of.split(", ")
+        if name not in tasks and set(tasks) <= TASKS.keys():
+            raise UserError(f"{name} has no setting --{flag}: it is for {of}")
+    s = argparse.Namespace(**{**SETTINGS, **RECIPES[name], **given})
+    for names, rule, valid in RULES:
+        for setting in names.split():
+            value = getattr(s, setting)
+            if not valid(value):
+                raise UserError(f"--{setting} must be {rule}, got {value!r}")
+    if s.longest < s.shortest:
+        raise UserError(f"--longest={s.longest} must be at least --shortest={s.shortest}")
+    if s.baseline and s.n_embd % HEADS:
+        raise UserError(f"--n_embd={s.n_embd} must be a multiple of {HEADS} for --baseline")
+    s.out_dir = s.out_dir or f"out-{name}{'-baseline' * s.baseline}-{s.seed}"
+    return s
+
+
+def main(arguments: list[str] | None = None):
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments == ["--results"]:
+        print_results(Path("."))
+        return
+    name, *flags = arguments or [""]
+    if name in ("-h", "--help"):
+        flags = [name]
+    elif name not in TASKS:
+        raise UserError(f"name a task first, {', '.join(TASKS)}, or --results; got {name!r}")
+    given = read_flags(flags, __doc__, Path(__file__), SETTINGS, {})
+    run_task(name, read_settings(name, given), given)
+
+
+if __name__ == "__main__":
+    run(main)
