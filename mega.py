@@ -560,15 +560,16 @@ class DampedEMA(nn.Module):
         gamma = at_least_fp32(self.kernel_projection_matrix)
         return p * beta, 1 - p * delta, gamma / math.sqrt(gamma.shape[-1])
 
-    def forward(self, x: Tensor, mask=None, state=None, mode=None):
+    def forward(self, x: Tensor, mask=None, state=None, mode=None, needs_state=True):
         """Compute SiLU(EMA(x) + omega x) of x (B, L, D); where mask (B, L) is 0 the EMA reads 0.
 
         `state` (B, D, N) is that before x. Returns y (B, L, D) and the last state, which is None if
-        the mode has none and in a bidirectional layer.
+        the mode has none and in a bidirectional layer; without needs_state it may be None, too.
         """
         D = self.config.hidden_size
         check_shape("x", x, "B", "L", D)
-        mode = mode or self.mode or self.fastest_mode(x.shape[1])
+        needs_state = state is not None or (needs_state and not self.config.bidirectional)
+        mode = mode or self.mode or self.fastest_mode(x.shape[1], needs_state)
         self.check_mode(mode, state)
         inputs = x if mask is None else x * mask.unsqueeze(-1)
         if self.config.bidirectional:  # the second D channels read from right to left
@@ -587,10 +588,16 @@ class DampedEMA(nn.Module):
         y = torch.addcmul(y, x.to(wide), self.residual_weight.to(wide))  # y + omega x
         return F.silu(y).to(x.dtype), state  # in fp16 a large y would be infinite before its SiLU
 
-    def fastest_mode(self, length: int) -> str:
+    def fastest_mode(self, length: int, needs_state: bool) -> str:
+        """Return the mode that is fastest on CPUs: in training, direct takes a quarter of the time
+        of both others at 16 positions and two thirds at 64; recurrent and blockwise are equally
+        fast at 16.
+        """
         if self.config.truncation is not None:
             return "fft"
-        return "recurrent" if length <= 16 else "blockwise"  # equally fast there, on CPUs
+        if length <= 64 and not needs_state:
+            return "direct"
+        return "recurrent" if length <= 16 else "blockwise"
 
     def check_mode(self, mode: str, state: Tensor | None):
         """Raise a ValueError if the mode can't do what is asked."""
@@ -887,6 +894,7 @@ class MovingAverageGatedAttention(nn.Module):
             x,
             mask=None if mask is None else mask[:, past:],
             state=None if cache is None else cache.ema_state,
+            needs_state=use_cache,
         )
         projected = self.mx_proj(self.dropout(smooth))
         update, shared_and_reset, candidate = projected.split([D, Z + V, D], dim=-1)

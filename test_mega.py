@@ -1406,6 +1406,26 @@ class TestEMA:
                 close(found[0], y)
                 close(found[1], h)
 
+    @pytest.mark.parametrize("bidirectional", [False, True])
+    @given(seed=seeds, length=st.integers(1, 80))
+    @settings(max_examples=20)
+    def test_the_output_is_the_same_whether_a_state_is_needed_or_not(
+        self, bidirectional, seed, length
+    ):
+        ema = DampedEMA(
+            small_config(bidirectional=bidirectional, is_decoder=not bidirectional)
+        ).double()
+        x = randn(seed, 2, length, 8)
+        y, state = ema(x)
+        close(ema(x, needs_state=False)[0], y)
+        if bidirectional:
+            assert state is None
+            return
+        more = randn(seed + 1, 2, 5, 8)
+        expected, _ = ema(torch.cat([x, more], dim=1))
+        for needs_state in (True, False):  # a given state is heeded in both
+            close(ema(more, state=state, needs_state=needs_state)[0], expected[:, length:])
+
     @given(ema_inputs(), seeds, st.integers(1, 80))
     def test_direct_equals_fft_equals_recurrent_equals_blockwise_with_gradients(
         self, inputs, seed, block

@@ -130,7 +130,6 @@ SETTINGS = {
 # What a dataset changes of the defaults above; these sizes are for 8 to 15 minutes on two cores.
 PRESETS = {
     "shakespeare": {
-        "n_layer": 3,
         "n_embd": 192,
         "batch_size": 8,
         "block_size": 256,
