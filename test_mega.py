@@ -4668,9 +4668,7 @@ class TestTrain:
         assert train.read_settings([]).block_size == train.block_size != s.block_size
 
     @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-    def test_weight_decay_is_for_matrices_of_linear_layers_only(
-        self, corpus, data, tmp_path, optimizer
-    ):
+    def test_weight_decay_is_for_matrices_only(self, corpus, data, tmp_path, optimizer):
         flags = [f"--source={corpus}", f"--out_dir={tmp_path}", f"--optimizer={optimizer}"]
         rates = ("--learning_rate=0.5", "--muon_learning_rate=0.25", "--ema_learning_rate=0.125")
         run = training(*TINY, *flags, *rates)
@@ -4690,6 +4688,12 @@ class TestTrain:
             "fc2",
         }
         assert sorted(decaying + rest) == sorted(names.values())
+        theirs = torch.nn.TransformerEncoderLayer(8, 2)  # its matrix of q, k and v is no nn.Linear
+        built = train.build_optimizers(run.settings, theirs, torch.device("cpu"), torch.float32)
+        groups = [group for found in built for group in found.param_groups if group["weight_decay"]]
+        assert {id(p) for group in groups for p in group["params"]} == {
+            id(p) for name, p in theirs.named_parameters() if p.ndim == 2
+        }
         own = re.compile(r"ema_gate|\.qk_|rel_pos_bias")
         assert {n: rates[n] for n in rest} == {n: 0.125 if own.search(n) else 0.5 for n in rest}
         assert len({rates[name] for name in rest}) == 2
@@ -5766,7 +5770,7 @@ class TestPaperTasks:
     def test_a_translator_goes_on_from_rows_of_its_cache(self):
         """Token by token, in another order, with one row twice: as in a pass over all tokens."""
         s = tasks.read_settings("translation", {"n_embd": 16, "n_layer": 2, "dropout": 0.0})
-        for model in (tasks.Translator(s, 20), tasks.TransformerTranslator(s, 20, 16)):
+        for model in (tasks.Translator(s, 20), tasks.TransformerTranslator(s, 20, 8, 16)):
             model.eval()
             for p in model.parameters():
                 p.data += 0.1 * torch.randn(p.shape)
@@ -5823,7 +5827,7 @@ class TestPaperTasks:
         monkeypatch.chdir(tmp_path)
         assert call(tasks.main, "--results") == 2
         assert "there is no result" in capsys.readouterr().err
-        about = {"task": "digits", "parameters": 5000, "minutes": 10.0, "steps": 9}
+        about = {"task": "digits", "parameters": 5000, "examples": 90, "minutes": 10.0, "steps": 9}
         for number, (model, x) in enumerate((("MEGA", 90), ("MEGA", 95), ("Transformer", 70))):
             result = {**about, "model": model, "settings": {"side": 28}, "seed": number}
             (tmp_path / f"out-{number}").mkdir()
@@ -5832,7 +5836,8 @@ class TestPaperTasks:
         assert call(tasks.main, "--results") == 0
         rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
         assert [row[2] for row in rows] == ["MEGA", "Transformer"]
-        assert rows[0][3:] == ["--side=28", "5,000", "10.0", "2", "92.50", "90.00 to 95.00 |"]
+        mean = "92.50 (90.00 to 95.00) |"
+        assert rows[0][3:] == ["5,000", "90", "--side=28", "10.0", "2", mean]
 
     def test_a_stopped_run_keeps_its_model_and_gives_no_result(self, tmp_path, monkeypatch, capsys):
         flags, _ = tiny_task("listops", tmp_path)

@@ -90,7 +90,7 @@ hidden_dropout = 0.05  # of the values and of the feed-forward network's hidden 
 attention_dropout = 0.0  # of the attention weights
 feature_dropout = True  # drop whole features of a sequence, not single numbers
 # optimization
-optimizer = "muon"  # muon (for the matrices of linear layers, adamw for the rest) or adamw
+optimizer = "muon"  # muon (for matrices, adamw for the rest) or adamw
 batch_size = 4  # sequences of a forward pass
 block_size = 512  # tokens of a sequence: the context in training
 gradient_accumulation_steps = 1  # forward passes of a step, shared by all processes
@@ -101,7 +101,7 @@ ema_learning_rate = 2e-2  # AdamW's for averages, scales of queries and keys, po
 muon_learning_rate = 0.04  # Muon's
 min_lr_fraction = 0.02  # fraction of the rates left at the end
 warmup_fraction = 0.02  # part of the training in which they rise
-weight_decay = 0.1  # of the matrices of linear layers
+weight_decay = 0.1  # of the matrices
 momentum = 0.95  # of Muon
 beta1 = 0.9  # of AdamW
 beta2 = 0.95  # of AdamW
@@ -408,17 +408,17 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 
 
 def build_optimizers(s, model: nn.Module, device: torch.device, dtype: torch.dtype) -> list:
-    """Make Muon or AdamW for the matrices of linear layers, which decay, and AdamW for all else.
+    """Make Muon or AdamW for matrices, which decay, and AdamW for all else, embeddings included.
 
     Moving averages, the scales of queries and keys, and position biases have a rate of their own:
     they learn best at one several times as high (see README.md, what was tried).
     """
-    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    linear = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
-    matrices = [weight for weight in linear if id(weight) not in tables]  # the output is tied
     names = re.compile("ema_gate|qk_weight|qk_bias|rel_pos_bias")
     ema = [p for name, p in model.named_parameters() if names.search(name)]
-    chosen = {id(p) for p in (*matrices, *ema)}
+    tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
+    no_matrices = {id(p) for p in (*ema, *tables)}
+    matrices = [p for p in model.parameters() if p.ndim == 2 and id(p) not in no_matrices]
+    chosen = {id(p) for p in (*ema, *matrices)}
     rest = [p for p in model.parameters() if id(p) not in chosen]
     groups = [
         {"params": rest, "weight_decay": 0.0},

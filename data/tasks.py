@@ -92,7 +92,7 @@ ema_learning_rate = 2e-2  # AdamW's for averages, scales of queries and keys, po
 muon_learning_rate = 0.02  # Muon's
 min_lr_fraction = 0.02  # fraction of the rates left at the end
 warmup_fraction = 0.05  # part of the training in which they rise
-weight_decay = 0.1  # of the matrices of linear layers
+weight_decay = 0.1  # of the matrices
 momentum = 0.95  # of Muon
 beta1 = 0.9  # of AdamW
 beta2 = 0.98  # of AdamW
@@ -113,7 +113,7 @@ RECIPES = {
     "listops": {"n_embd": 80, "dropout": 0.0},
     "digits": {"n_layer": 3, "attention": "laplace", "dropout": 0.0},
     "speech": {"attention": "laplace", "norm": "batchnorm"},
-    "translation": {"n_layer": 3, "n_embd": 256},
+    "translation": {"n_layer": 3, "n_embd": 128},
     "masks": {"n_embd": 160, "chunk_size": 128},
 }
 
@@ -583,7 +583,14 @@ class Translation:
         return Translator(self.settings, self.tokenizer.size)
 
     def new_baseline(self, ffn_size: int) -> nn.Module:
-        return TransformerTranslator(self.settings, self.tokenizer.size, ffn_size)
+        examples = (*self.train, *self.test)
+        longest = max(self.limit(len(x.inputs)) for x in examples)
+        longest = max(longest, *(len(x.target) for x in examples))
+        return TransformerTranslator(self.settings, self.tokenizer.size, longest, ffn_size)
+
+    def limit(self, length: int) -> int:
+        """Return how many tokens the translation of so many may have."""
+        return 2 * length + 10
 
     def loss(self, model: nn.Module, examples: list[Example]) -> Tensor:
         """Return the cross-entropy of the targets, a tenth of it spread over all tokens."""
@@ -612,7 +619,7 @@ class Translation:
         references = []
         for some in batches(self.test, self.settings.positions // beams):
             source, mask = pad([example.inputs for example in some])
-            longest = 2 * source.shape[1] + 10
+            longest = self.limit(source.shape[1])
             ids = beam_search(model, source.to(device), mask.to(device), end, beams, longest)
             found += [self.text(row) for row in ids.tolist()]
             references += [self.text(example.target.tolist()) for example in some]
@@ -666,7 +673,8 @@ class Masks:
         return logits[hidden.to(device)].float(), ids[hidden].to(device)
 
     def loss(self, model: nn.Module, examples: list[Example]) -> Tensor:
-        return F.cross_entropy(*self.outputs(model, examples))
+        logits, tokens = self.outputs(model, examples)
+        return F.cross_entropy(logits, tokens, reduction="sum") / max(len(tokens), 1)
 
     def measure(self, model: nn.Module) -> dict[str, float]:
         """Return how many masked tokens are named (percent) and the perplexity of a masked one."""
@@ -690,7 +698,6 @@ class Masks:
 
 
 HEADS = 4
-TABLE = 512  # learned positions of a translator
 
 
 class TransformerEncoder(nn.Module):
@@ -740,10 +747,10 @@ class TransformerTranslator(nn.Module):
     It reads its whole prefix anew at each step.
     """
 
-    def __init__(self, s, vocabulary: int, ffn_size: int):
+    def __init__(self, s, vocabulary: int, longest: int, ffn_size: int):
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, s.n_embd)
-        self.positions = nn.Embedding(TABLE, s.n_embd)
+        self.positions = nn.Embedding(longest, s.n_embd)
         layer = nn.TransformerEncoderLayer(s.n_embd, HEADS, ffn_size, **options_of(s))
         norm = nn.LayerNorm(s.n_embd)
         self.encoder = nn.TransformerEncoder(layer, s.n_layer, norm, enable_nested_tensor=False)
@@ -899,12 +906,13 @@ def run_task(name: str, s, given: dict):
             "task": name,
             "model": "Transformer" if s.baseline else "MEGA",
             "parameters": count(model),
+            "examples": len(task.train),
             "settings": {n: x for n, x in sorted(given.items()) if n not in NO_MATTER},
             "seed": s.seed,
         }
         print(
-            f"{name}: {about['model']}, {count(model):,} parameters on {device}; "
-            f"{len(task.train):,} examples for training, {len(task.test):,} for the test"
+            f"{name}: {about['model']}, {about['parameters']:,} parameters on {device}; "
+            f"{about['examples']:,} examples for training, {len(task.test):,} for the test"
         )
         start = time.perf_counter()
         steps, all_done = train_model(s, task, model, autocast)
@@ -927,18 +935,20 @@ def print_results(folder: Path):
         with reading(f"{path} is damaged"):
             result = json.loads(path.read_bytes())
             settings = " ".join(f"--{name}={x}" for name, x in result["settings"].items())
+            about = [result[name] for name in ("model", "parameters", "examples")]
             for what, value in result["measured"].items():
-                key = (result["task"], what, result["model"], settings, result["parameters"])
+                key = (result["task"], what, *about, settings)
                 found.setdefault(key, []).append((value, result["minutes"]))
     if not found:
         raise UserError("there is no result in this folder; python -m data.tasks digits makes one")
-    print("| task | measure | model | settings | parameters | minutes | runs | mean | range |")
+    print("| task | measure | model | parameters | examples | settings | minutes | runs | mean |")
     print("|---|---|---|---|---|---|---|---|---|")
-    for (task, what, model, settings, parameters), runs in sorted(found.items()):
+    for (task, what, model, parameters, examples, settings), runs in sorted(found.items()):
         values, minutes = zip(*runs, strict=True)
         print(
-            f"| {task} | {what} | {model} | {settings} | {parameters:,} | {np.mean(minutes):.1f} "
-            f"| {len(runs)} | {np.mean(values):.2f} | {min(values):.2f} to {max(values):.2f} |"
+            f"| {task} | {what} | {model} | {parameters:,} | {examples:,} | {settings} "
+            f"| {np.mean(minutes):.1f} | {len(runs)} "
+            f"| {np.mean(values):.2f} ({min(values):.2f} to {max(values):.2f}) |"
         )
 
 
