@@ -62,8 +62,8 @@ source = ""  # folder or file of the data, in the place of a download
 data_dir = ""  # folder for downloads; empty: data/ beside this file
 # data
 dataset = "auto"  # masks: a path, or one of data/prepare.py's, as in train.py
-depth = 3  # listops: operators within each other, at most (10 in the paper)
-arguments = 5  # listops: of an operator, at most (10 in the paper)
+depth = 4  # listops: operators within each other, at most (10 in the paper)
+arguments = 3  # listops: of an operator, at most (10 in the paper)
 shortest = 5  # listops: tokens of an expression, at least (500 in the paper)
 longest = 50  # listops: tokens of an expression, at most (2000 in the paper)
 expressions = 50000  # listops: for training; one in 20 more for the test
@@ -85,7 +85,7 @@ dropout = 0.1  # of the outputs of EMA, layer and feed-forward network, and of t
 # optimization
 optimizer = "muon"  # muon or adamw
 positions = 4096  # of a batch, padding included
-max_minutes = 10.0  # minutes of training
+max_minutes = 8.0  # minutes of training
 max_iters = 1000000  # steps at most
 learning_rate = 5e-3  # AdamW's highest, after the warm-up
 ema_learning_rate = 2e-2  # AdamW's for averages, scales of queries and keys, position biases
@@ -112,7 +112,7 @@ SETTINGS = {
 RECIPES = {
     "listops": {"n_embd": 80, "dropout": 0.0},
     "digits": {"n_layer": 3, "attention": "laplace", "dropout": 0.0},
-    "speech": {"attention": "laplace", "norm": "batchnorm"},
+    "speech": {"attention": "laplace", "norm": "batchnorm", "max_minutes": 5.0},
     "translation": {"n_layer": 3, "n_embd": 128},
     "masks": {"n_embd": 160, "chunk_size": 128},
 }
