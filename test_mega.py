@@ -5676,7 +5676,8 @@ class TestPaperTasks:
         assert deepest == tasks.depth_of(expression) <= depth
 
     def test_no_expression_is_in_training_and_test(self):
-        s = tasks.read_settings("listops", {"expressions": 400, "shortest": 6, "longest": 9})
+        lengths = {"arguments": 5, "shortest": 6, "longest": 9}
+        s = tasks.read_settings("listops", {"expressions": 400, **lengths})
         task = tasks.ListOps(s)
         texts = [tuple(example.inputs) for example in (*task.train, *task.test)]
         assert len(set(texts)) == len(texts) == 420 and len(task.train) == 400
