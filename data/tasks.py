@@ -402,7 +402,7 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
 # ------------------------------------------------------------------------------------------ speech
 
 
-RECORDING = re.compile(r"(\d)_[A-Za-z]+_(\d+)\.wav")  # digit, speaker, number
+RECORDING = re.compile(r"(\d)_[A-Za-z]+_(\d+)\.wav")  # digit, speaker and number
 
 
 class Speech(Classification):
@@ -711,9 +711,7 @@ class TransformerEncoder(nn.Module):
         self.pool = classes > 0
         self.embedding = nn.Embedding(vocabulary, s.n_embd)
         self.positions = nn.Embedding(longest, s.n_embd)
-        layer = nn.TransformerEncoderLayer(s.n_embd, HEADS, ffn_size, **options_of(s))
-        norm = nn.LayerNorm(s.n_embd)
-        self.encoder = nn.TransformerEncoder(layer, s.n_layer, norm, enable_nested_tensor=False)
+        self.encoder = new_encoder(s, ffn_size)
         self.output = nn.Linear(s.n_embd, classes or vocabulary)
         nn.init.normal_(self.embedding.weight, std=0.02)
         nn.init.normal_(self.positions.weight, std=0.02)
@@ -751,9 +749,7 @@ class TransformerTranslator(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, s.n_embd)
         self.positions = nn.Embedding(longest, s.n_embd)
-        layer = nn.TransformerEncoderLayer(s.n_embd, HEADS, ffn_size, **options_of(s))
-        norm = nn.LayerNorm(s.n_embd)
-        self.encoder = nn.TransformerEncoder(layer, s.n_layer, norm, enable_nested_tensor=False)
+        self.encoder = new_encoder(s, ffn_size)
         layer = nn.TransformerDecoderLayer(s.n_embd, HEADS, ffn_size, **options_of(s))
         self.decoder = nn.TransformerDecoder(layer, s.n_layer, nn.LayerNorm(s.n_embd))
         self.output = nn.Linear(s.n_embd, vocabulary)
@@ -783,6 +779,12 @@ class TransformerTranslator(nn.Module):
     def step(self, prefix: Prefix, token: Tensor) -> tuple[Tensor, Prefix]:
         prefix = prefix._replace(ids=torch.cat([prefix.ids, token.unsqueeze(1)], dim=1))
         return log_probabilities(self.decode(prefix)), prefix
+
+
+def new_encoder(s, ffn_size: int) -> nn.TransformerEncoder:
+    layer = nn.TransformerEncoderLayer(s.n_embd, HEADS, ffn_size, **options_of(s))
+    norm = nn.LayerNorm(s.n_embd)
+    return nn.TransformerEncoder(layer, s.n_layer, norm, enable_nested_tensor=False)
 
 
 def options_of(s) -> dict:
