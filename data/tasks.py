@@ -1,11 +1,11 @@
-"""Train MEGA on the paper's other tasks, at the size of a desk, and a Transformer beside it.
+"""Train MEGA, or a Transformer for comparison, on small tasks like those of the paper.
 
     python -m data.tasks listops             # the value of [MAX 4 3 [MIN 2 3 ] 1 0 ] and the like
     python -m data.tasks digits              # MNIST, pixel by pixel
-    python -m data.tasks speech              # spoken digits, from the samples of the sound
+    python -m data.tasks speech              # spoken digits, from the raw waveform
     python -m data.tasks translation         # Multi30k, English to German
-    python -m data.tasks masks               # tokens behind masks, in the text of train.py
-    python -m data.tasks digits --baseline   # a Transformer of as many parameters instead
+    python -m data.tasks masks               # masked language modelling, on train.py's text
+    python -m data.tasks digits --baseline   # a Transformer with as many parameters instead
     python -m data.tasks --results           # a table of the runs in this folder
 
 Each setting below is a flag, --name=value or --name value; RECIPES has a task's own defaults.
@@ -28,10 +28,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import sacrebleu
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import train
 from data.common import (
     DownloadError,
     UserError,
@@ -42,9 +44,18 @@ from data.common import (
     run,
     write_whole,
 )
-from data.machine import ProgressBar, choose_device, choose_dtype, make_autocast, told_to_stop
+from data.machine import (
+    ProgressBar,
+    choose_device,
+    choose_dtype,
+    dtype_name,
+    make_autocast,
+    told_to_stop,
+)
 from data.prepare import DATA, decode, download, load_tokenizer, new_tokenizer, save_tokenizer
 from mega import (
+    ATTENTION_FUNCTIONS,
+    NORMS,
     MegaCache,
     MegaConfig,
     MegaForCausalLM,
@@ -54,49 +65,42 @@ from mega import (
     MegaOutput,
     evaluating,
 )
-from train import Corpus, build_optimizers, find_data, learning_rate_factor
 
 # files
 out_dir = ""  # folder of the model; empty: out-<task>-<seed>, with -baseline
-source = ""  # folder or file of the data, in the place of a download
+source = ""  # folder or file with the data, instead of a download
 data_dir = ""  # folder for downloads; empty: data/ beside this file
 # data
 dataset = "auto"  # masks: a path, or one of data/prepare.py's, as in train.py
-depth = 4  # listops: operators within each other, at most (10 in the paper)
-arguments = 3  # listops: of an operator, at most (10 in the paper)
-shortest = 5  # listops: tokens of an expression, at least (500 in the paper)
+depth = 4  # listops: deepest nesting of operators, 1 to 10 (10 in the paper)
+operands = 3  # listops: most operands of an operator, 2 to 10 (10 in the paper)
+shortest = 4  # listops: tokens of an expression, at least (500 in the paper)
 longest = 50  # listops: tokens of an expression, at most (2000 in the paper)
-expressions = 50000  # listops: for training; one in 20 more for the test
-side = 14  # digits: pixels of a side, 14 or 28
-samples = 16  # speech: of a position
+expressions = 52500  # listops: different expressions; 2,500 of them, or a 20th, are the test
+side = 14  # digits: width and height in pixels, 14 or 28
+samples = 16  # speech: samples of the sound in each position
 vocab_size = 4096  # translation, masks: tokens of bpe
-masked = 0.15  # masks: part of the tokens to be named
+masked = 0.15  # masks: fraction of the tokens that are masked
 beams = 4  # translation: prefixes that beam search keeps
 # model
-baseline = False  # train a Transformer in the place of MEGA
-n_layer = 4  # blocks; of translation in encoder and decoder, each
+baseline = False  # train a Transformer instead, of as many parameters as MEGA would have
+n_layer = 4  # blocks; for translation, of the encoder and of the decoder
 n_embd = 64  # D
 shared_size = 64  # Z
 ema_size = 16  # N
 chunk_size = 0  # C; 0: no chunks
 attention = "softmax"  # softmax, laplace or relu2
 norm = "layernorm"  # layernorm, scalenorm, rmsnorm or batchnorm
-dropout = 0.1  # of the outputs of EMA, layer and feed-forward network, and of their hidden values
+dropout = 0.1  # of outputs and hidden values of all sublayers, not of attention weights
 # optimization
 optimizer = "muon"  # muon or adamw
-positions = 4096  # of a batch, padding included
+positions = 4096  # positions of a batch, padding included; translation: of its source sentences
 max_minutes = 8.0  # minutes of training
 max_iters = 1000000  # steps at most
 learning_rate = 5e-3  # AdamW's highest, after the warm-up
 ema_learning_rate = 2e-2  # AdamW's for averages, scales of queries and keys, position biases
 muon_learning_rate = 0.02  # Muon's
-min_lr_fraction = 0.02  # fraction of the rates left at the end
-warmup_fraction = 0.05  # part of the training in which they rise
 weight_decay = 0.1  # of the matrices
-momentum = 0.95  # of Muon
-beta1 = 0.9  # of AdamW
-beta2 = 0.98  # of AdamW
-grad_clip = 1.0  # the gradient's largest norm; 0: any
 # machine
 device = "auto"  # cpu, cuda, ...; auto: cuda if there is one
 dtype = "auto"  # float32 or bfloat16 (autocast); auto: bfloat16 where it is faster
@@ -108,19 +112,29 @@ SETTINGS = {
     for name, value in globals().items()
     if isinstance(value, bool | int | float | str) and name.islower() and name[0] != "_"
 }
-# What a task changes of these defaults.
+# Where a task's defaults differ from these.
 RECIPES = {
     "listops": {"n_embd": 80, "dropout": 0.0},
     "digits": {"n_layer": 3, "attention": "laplace", "dropout": 0.0},
-    "speech": {"attention": "laplace", "norm": "batchnorm", "max_minutes": 5.0},
+    "speech": {"attention": "laplace", "norm": "batchnorm"},
     "translation": {"n_layer": 3, "n_embd": 128},
-    "masks": {"n_embd": 160, "chunk_size": 128},
+    "masks": {"n_embd": 160, "chunk_size": 128, "vocab_size": 2048},
 }
+# Settings that other tasks do not have.
+OWN = {
+    "listops": "depth operands shortest longest expressions",
+    "digits": "side",
+    "speech": "samples",
+    "translation": "vocab_size beams",
+    "masks": "vocab_size masked dataset",
+}
+# The rest of the optimizers' settings are train.py's.
+TRAIN_SETTINGS = "min_lr_fraction warmup_fraction momentum beta1 beta2 grad_clip"
 
 # --------------------------------------------------------------------------------------- downloads
 
 
-FILES = {  # a task's address and files; zip and gzip notice damage themselves
+FILES = {  # each task's address and files
     "digits": (
         "https://ossci-datasets.s3.amazonaws.com/mnist",
         [
@@ -145,7 +159,7 @@ FILES = {  # a task's address and files; zip and gzip notice damage themselves
 
 
 def fetch(task: str, s) -> Path:
-    """Return the folder or file of a task's data: --source, or the folder of the download."""
+    """Return where a task's data are: --source, or the folder to which they are downloaded."""
     if s.source:
         path = Path(s.source).expanduser()
         if not path.exists():
@@ -159,7 +173,7 @@ def fetch(task: str, s) -> Path:
                 try:
                     download(f"{address}/{name}", folder / name)
                 except DownloadError as error:
-                    hint = "--source names a folder that has it"
+                    hint = "--source takes a folder that has it"
                     raise DownloadError(f"{error}; {hint}") from None
     return folder
 
@@ -169,32 +183,34 @@ def fetch(task: str, s) -> Path:
 
 class Example(NamedTuple):
     inputs: np.ndarray  # token ids (L), or numbers (L, k)
-    target: int | np.ndarray  # a class, or token ids
-    kind: str = ""  # the accuracy is also told for each kind
+    target: int | np.ndarray = 0  # a class, or token ids
+    kind: str = ""  # accuracy is also reported for each kind
 
 
 def batches(examples: list[Example], size: int, rng=None) -> Iterator[list[Example]]:
-    """Cut examples into batches of at most `size` positions (or of one), similar in length.
+    """Group examples of similar lengths into batches of at most `size` positions, padding included.
 
-    With a random generator, batches differ from epoch to epoch and come in a random order.
+    A longer example is a batch of its own. With a random generator, batches differ from epoch to
+    epoch and come in a random order.
     """
     lengths = np.array([len(example.inputs) for example in examples], np.float64)
     if rng is not None:
         lengths *= rng.uniform(0.9, 1.1, len(examples))
-    found = [[]]
-    most = 0  # positions of the longest so far
+    groups = [[]]
+    longest = 0  # positions of the longest example in the last group
     for i in np.argsort(lengths, kind="stable"):
-        most = max(most, len(examples[i].inputs))
-        if found[-1] and (len(found[-1]) + 1) * most > size:
-            found.append([])
-        found[-1].append(examples[i])
+        longest = max(longest, len(examples[i].inputs))
+        if groups[-1] and (len(groups[-1]) + 1) * longest > size:
+            groups.append([])
+            longest = len(examples[i].inputs)
+        groups[-1].append(examples[i])
     if rng is not None:
-        rng.shuffle(found)
-    yield from found
+        rng.shuffle(groups)
+    yield from groups
 
 
 def pad(rows: list[np.ndarray], value: int = 0) -> tuple[Tensor, Tensor]:
-    """Stack rows (L, ...) of several lengths, padded behind, and a mask that is False there."""
+    """Pad arrays (L, ...) at their ends and stack them; the mask (B, L) is False at padding."""
     lengths = torch.tensor([len(row) for row in rows])
     tensors = [torch.from_numpy(row) for row in rows]
     stacked = nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
@@ -202,30 +218,38 @@ def pad(rows: list[np.ndarray], value: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def with_constant(numbers: np.ndarray) -> np.ndarray:
-    """Append a 1 to each position's numbers (L, k), for the bias of the map that reads them."""
+    """Append a 1 to each position's numbers (L, k): the bias of the map that embeds them."""
     ones = np.ones((len(numbers), 1), np.float32)
     return np.concatenate([numbers.astype(np.float32), ones], axis=1)
 
 
-class Classification:
-    """A task with a class for each sequence, measured by accuracy.
+class Task:
+    """Two lists of examples, and what is done with them.
 
-    A task has two lists of examples, `train` and `test`; it makes its models, gives the loss of
-    some examples, measures a model on `test` and saves what belongs to it.
+    new_model() and new_baseline(F) make a MEGA and a Transformer with F hidden values in its
+    feed-forward networks, loss(model, batch) is what training lowers, measure(model) gives numbers
+    for the test examples, save(model, folder) what is needed to use the model.
     """
 
-    vocabulary: int  # tokens; where inputs are numbers, how many a position has
+    settings: argparse.Namespace
+    train: list[Example]
+    test: list[Example]
+
+
+class Classification(Task):
+    """A task with a class for each sequence, measured by accuracy."""
+
+    vocabulary: int  # number of tokens; for numeric inputs, of numbers in each position
 
     def new_model(self) -> MegaForSequenceClassification:
         more = {"mean_pooling": True, "num_labels": 10}
         return MegaForSequenceClassification(new_config(self.settings, self.vocabulary, **more))
 
     def new_baseline(self, ffn_size: int) -> nn.Module:
-        longest = max(len(example.inputs) for example in (*self.train, *self.test))
-        return TransformerEncoder(self.settings, self.vocabulary, longest, ffn_size, classes=10)
+        return TransformerEncoder(self.settings, self.vocabulary, ffn_size, classes=10)
 
     def outputs(self, model: nn.Module, examples: list[Example]) -> MegaOutput:
-        """Apply a model. A position's numbers are weights for the sum of the embedding's rows."""
+        """Apply a model. Numeric inputs are embedded by a linear map, the embedding's table."""
         device = device_of(model)
         inputs, mask = pad([example.inputs for example in examples])
         inputs = inputs.to(device)
@@ -243,12 +267,15 @@ class Classification:
     def measure(self, model: nn.Module) -> dict[str, float]:
         """Return the accuracy on the test examples, of all and of each kind, in percent."""
         right = {}
-        for some in batches(self.test, 4 * self.settings.positions):
-            found = self.outputs(model, some).logits.argmax(dim=-1).tolist()
-            for example, label in zip(some, found, strict=True):
-                for name in {"accuracy", f"accuracy {example.kind}".strip()}:
-                    right.setdefault(name, []).append(100.0 * (label == example.target))
-        return {name: float(np.mean(found)) for name, found in sorted(right.items())}
+        for batch in batches(self.test, 4 * self.settings.positions):
+            predictions = self.outputs(model, batch).logits.argmax(dim=-1).tolist()
+            for example, prediction in zip(batch, predictions, strict=True):
+                names = ["accuracy"]
+                if example.kind:
+                    names.append(f"accuracy {example.kind}")
+                for name in names:
+                    right.setdefault(name, []).append(prediction == example.target)
+        return {name: 100 * float(np.mean(all_right)) for name, all_right in sorted(right.items())}
 
     def save(self, model: MegaForSequenceClassification, folder: Path):
         model.save_pretrained(folder)
@@ -260,15 +287,15 @@ class Classification:
 OPERATORS = {
     "[MIN": min,
     "[MAX": max,
-    "[MED": lambda values: int(np.median(values)),  # of 2 and 5: 3.5, and without its half 3
+    "[MED": lambda values: int(np.median(values)),  # rounded down: of 2 and 5, 3
     "[SM": lambda values: sum(values) % 10,
 }
 SYMBOLS = ["padding", *map(str, range(10)), *OPERATORS, "]"]
-NESTED = 0.25  # part of the operands that are expressions
+NESTED = 0.25  # probability that an operand is an expression
 
 
 def random_expression(rng: random.Random, depth: int, most: int) -> tuple:
-    """Return an operator and 2 to `most` operands: digits or, less deep, expressions."""
+    """Return an operator and 2 to `most` operands, digits or expressions one level less deep."""
     operands = []
     for _ in range(rng.randint(2, most)):
         if depth > 1 and rng.random() < NESTED:
@@ -292,6 +319,14 @@ def value_of(expression) -> int:
     return OPERATORS[operator]([value_of(operand) for operand in operands])
 
 
+def in_order(expression):
+    """Sort the operands of all operators, whose values do not depend on their order."""
+    if isinstance(expression, int):
+        return expression
+    operator, *operands = expression
+    return operator, *sorted(map(in_order, operands), key=str)
+
+
 def depth_of(expression) -> int:
     if isinstance(expression, int):
         return 0
@@ -299,40 +334,51 @@ def depth_of(expression) -> int:
 
 
 class ListOps(Classification):
-    """Expressions as in Long Range Arena: operators on digits, whose value is a digit again."""
+    """ListOps of Long Range Arena: nested operators on digits, whose value is a digit again.
+
+    The operands' order does not matter for any operator, so a training expression must differ from
+    all test expressions in more than that.
+    """
 
     vocabulary = len(SYMBOLS)
 
     def __init__(self, s):
         self.settings = s
         rng = random.Random(0)  # the same expressions whatever the seed
-        found = {}  # by their tokens, so that none is in training and test
-        tests = max(s.expressions // 20, 1)
+        expressions = {}  # by their tokens, so that all are different
         tries = 0
-        while len(found) < s.expressions + tests:
+        while len(expressions) < s.expressions:
             tries += 1
-            if tries > 1000 + 100 * len(found):
+            if tries > 1000 + 100 * len(expressions):
                 raise UserError(
-                    f"hardly one expression in a hundred of --depth={s.depth} and "
-                    f"--arguments={s.arguments} is new and has {s.shortest} to {s.longest} tokens; "
+                    f"with --depth={s.depth} and --operands={s.operands}, hardly one random "
+                    f"expression in a hundred is new and has {s.shortest} to {s.longest} tokens; "
                     "change --shortest, --longest, --depth, or lower --expressions"
                 )
-            expression = random_expression(rng, s.depth, s.arguments)
+            expression = random_expression(rng, s.depth, s.operands)
             tokens = tokens_of(expression)
             if s.shortest <= len(tokens) <= s.longest:
-                ids = np.array([SYMBOLS.index(token) for token in tokens])
-                kind = f"at depth {depth_of(expression)}"
-                found[tuple(tokens)] = Example(ids, value_of(expression), kind)
-        examples = [*found.values()]
-        self.train = examples[tests:]
-        self.test = examples[:tests]
+                expressions[" ".join(tokens)] = expression
+        shuffled = [*expressions.values()]
+        rng.shuffle(shuffled)  # short ones were found first
+        tests = shuffled[: max(s.expressions // 21, 1)]
+        held_out = {in_order(expression) for expression in tests}
+        trains = [x for x in shuffled if in_order(x) not in held_out]
+        if not trains:
+            raise UserError(f"--expressions={s.expressions} leaves none for training; raise it")
+        self.train = [self.example(expression) for expression in trains]
+        self.test = [self.example(expression) for expression in tests]
+
+    def example(self, expression: tuple) -> Example:
+        ids = np.array([SYMBOLS.index(token) for token in tokens_of(expression)])
+        return Example(ids, value_of(expression), f"at depth {depth_of(expression)}")
 
 
 # ------------------------------------------------------------------------------------------ digits
 
 
 class Digits(Classification):
-    """MNIST, one position a pixel; 64 pixels a digit of scikit-learn's where it can't be had."""
+    """MNIST, pixel by pixel; scikit-learn's 8 x 8 digits where it can't be downloaded."""
 
     vocabulary = 2  # a pixel and a constant
 
@@ -344,26 +390,30 @@ class Digits(Classification):
             print(
                 f"note: MNIST can't be downloaded, so scikit-learn's small digits are used: {error}"
             )
-            examples = self.small_digits()
-            self.train = examples[:1500]
-            self.test = examples[1500:]
+            self.split(self.small_digits())
             return
         self.test = self.read(folder, "t10k")
         if (folder / "train-images-idx3-ubyte.gz").exists():
             self.train = self.read(folder, "train")
         else:
-            print(f"note: {folder} has the test images only: 8,000 of them are for training")
-            self.train = self.test[:8000]
-            self.test = self.test[8000:]
+            print(f"note: {folder} has the test images only: four of five are used for training")
+            self.split(self.test)
+
+    def split(self, examples: list[Example]):
+        """Use four examples of five for training and one for the test, the same ones every time."""
+        order = np.random.default_rng(0).permutation(len(examples))
+        trains = len(examples) * 4 // 5
+        self.train = [examples[i] for i in order[:trains]]
+        self.test = [examples[i] for i in order[trains:]]
 
     def read(self, folder: Path, part: str) -> list[Example]:
-        """Read images (n, 28, 28) and make them smaller: means of squares of pixels."""
+        """Read images (n, 28, 28) and shrink them to (n, side, side) by averaging pixels."""
         images = read_idx(folder / f"{part}-images-idx3-ubyte.gz", 3)
         labels = read_idx(folder / f"{part}-labels-idx1-ubyte.gz", 1)
-        if images.shape != (len(labels), 28, 28) or len(labels) == 0 or labels.max() > 9:
+        if images.shape != (len(labels), 28, 28) or len(labels) < 2 or labels.max() > 9:
             raise UserError(
                 f"{folder} has images {images.shape} of {part} and {len(labels)} labels; it needs "
-                "one of 28 x 28 pixels for each label, and labels from 0 to 9"
+                "one of 28 x 28 pixels for each label, two at least, and labels from 0 to 9"
             )
         side = self.settings.side
         step = 28 // side
@@ -378,8 +428,8 @@ class Digits(Classification):
 
 
 def as_examples(images: np.ndarray, labels: np.ndarray) -> list[Example]:
-    """Make images (n, height, width) of numbers from 0 to 1 into sequences of pixels."""
-    images = (images - images.mean()) / images.std()
+    """Turn images (n, height, width), of numbers from 0 to 1, into sequences of pixels."""
+    images = (images - 0.1307) / 0.3081  # mean and standard deviation of MNIST
     return [
         Example(with_constant(image.reshape(-1, 1)), int(label))
         for image, label in zip(images, labels, strict=True)
@@ -387,9 +437,9 @@ def as_examples(images: np.ndarray, labels: np.ndarray) -> list[Example]:
 
 
 def read_idx(path: Path, dimensions: int) -> np.ndarray:
-    """Read a file of MNIST's format: a number that tells the dimensions, the sizes, the bytes."""
+    """Read MNIST's idx format: a number for the count of dimensions, their sizes, the bytes."""
     if not path.exists():
-        raise UserError(f"{path} is missing; --source names the folder with MNIST's files")
+        raise UserError(f"{path} is missing; --source takes the folder with MNIST's files")
     with reading(f"{path} is damaged"):
         content = gzip.decompress(path.read_bytes())
         start = 4 + 4 * dimensions
@@ -406,7 +456,7 @@ RECORDING = re.compile(r"(\d)_[A-Za-z]+_(\d+)\.wav")  # digit, speaker and numbe
 
 
 class Speech(Classification):
-    """The Free Spoken Digit Dataset: each position some samples of the sound at 8 kHz."""
+    """The Free Spoken Digit Dataset at 8 kHz; a position is `samples` samples of the sound."""
 
     def __init__(self, s):
         self.settings = s
@@ -417,7 +467,7 @@ class Speech(Classification):
         for name, content in recordings(folder).items():
             digit, number = RECORDING.fullmatch(name).groups()
             example = Example(self.cut(read_wav(name, content)), int(digit))
-            part = self.test if int(number) < 5 else self.train  # as the dataset's authors say
+            part = self.test if int(number) < 5 else self.train  # the dataset's own split
             part.append(example)
         if not self.train or not self.test:
             raise UserError(
@@ -426,7 +476,7 @@ class Speech(Classification):
             )
 
     def cut(self, sound: np.ndarray) -> np.ndarray:
-        """Cut a sound into positions of so many samples each."""
+        """Cut a sound (T) into positions (L, samples + 1), the last one filled up with zeros."""
         size = self.settings.samples
         return with_constant(np.pad(sound, (0, -len(sound) % size)).reshape(-1, size))
 
@@ -462,8 +512,9 @@ def read_wav(name: str, content: bytes) -> np.ndarray:
 class Translator(nn.Module):
     """A bidirectional encoder, and a decoder that attends to its states; one table of embeddings.
 
-    What translates needs two functions: `start` reads the sentences, `step` one token of each
-    translation. Both return log-probabilities (B, vocabulary) of the next token, and a state.
+    Beam search needs two methods of a translator: `start` reads the source sentences, `step` one
+    more token of each translation. Both return log-probabilities (B, vocabulary) of the next token,
+    and a state.
     """
 
     def __init__(self, s, vocabulary: int):
@@ -502,7 +553,7 @@ def log_probabilities(logits: Tensor) -> Tensor:
 
 
 def rows_of(state, rows: Tensor):
-    """Return some sequences of a cache, in this order; the cache stays as it is."""
+    """Copy the sequences `rows` of a cache, in that order; the cache itself does not change."""
     if torch.is_tensor(state):
         return state[rows]
     if isinstance(state, list):
@@ -513,10 +564,10 @@ def rows_of(state, rows: Tensor):
 
 
 def beam_search(model, source: Tensor, mask: Tensor, end: int, beams: int, longest: int) -> Tensor:
-    """Translate sentences (B, S): keep the likeliest prefixes, `beams` of each; 1 is greedy search.
+    """Translate sentences (B, S): keep the `beams` likeliest prefixes of each; 1 is greedy search.
 
-    A cache is a value, so two prefixes that go on from the same one share its cache. Returns ids
-    (B, T), filled up with `end`, of the highest mean log-probability of a token.
+    A step never changes a cache, so several prefixes may go on from the same one. Return ids
+    (B, T), filled up with `end`, of the prefix with the highest mean log-probability per token.
     """
     B = len(source)
     log_p, state = model.start(source, mask, torch.full((B,), end, device=source.device))
@@ -529,7 +580,7 @@ def beam_search(model, source: Tensor, mask: Tensor, end: int, beams: int, longe
         log_p = log_p.view(B, beams, -1)
         ended = (token == end).unsqueeze(-1)
         stay = torch.full_like(log_p, -math.inf)
-        stay[..., end] = 0.0  # what has ended goes on with its end, at no cost
+        stay[..., end] = 0.0  # a finished prefix goes on with `end`, at no cost
         scores = scores.unsqueeze(-1) + torch.where(ended, stay, log_p)
         scores, best = scores.flatten(1).topk(beams)  # (B, beams)
         parent = best // log_p.shape[-1]
@@ -541,7 +592,7 @@ def beam_search(model, source: Tensor, mask: Tensor, end: int, beams: int, longe
     return ids[sentence.squeeze(1), best]
 
 
-class Translation:
+class Translation(Task):
     """Multi30k's descriptions of pictures, English to German, measured by BLEU."""
 
     def __init__(self, s):
@@ -561,7 +612,7 @@ class Translation:
             path = folder / f"{part}.lc.norm.tok.{language}"
             if not path.exists():
                 raise UserError(
-                    f"{path} is missing; --source names the folder with Multi30k's files"
+                    f"{path} is missing; --source takes the folder with Multi30k's files"
                 )
             texts.append(decode(path.read_bytes(), str(path)).splitlines())
         english, german = texts
@@ -583,17 +634,14 @@ class Translation:
         return Translator(self.settings, self.tokenizer.size)
 
     def new_baseline(self, ffn_size: int) -> nn.Module:
-        examples = (*self.train, *self.test)
-        longest = max(self.limit(len(x.inputs)) for x in examples)
-        longest = max(longest, *(len(x.target) for x in examples))
-        return TransformerTranslator(self.settings, self.tokenizer.size, longest, ffn_size)
+        return TransformerTranslator(self.settings, self.tokenizer.size, ffn_size)
 
     def limit(self, length: int) -> int:
-        """Return how many tokens the translation of so many may have."""
+        """Return how many tokens the translation of `length` tokens may have."""
         return 2 * length + 10
 
     def loss(self, model: nn.Module, examples: list[Example]) -> Tensor:
-        """Return the cross-entropy of the targets, a tenth of it spread over all tokens."""
+        """Return the cross-entropy of the targets, with label smoothing 0.1."""
         device = device_of(model)
         source, mask = pad([example.inputs for example in examples])
         target, _ = pad([example.target for example in examples], value=-100)
@@ -611,8 +659,6 @@ class Translation:
         return found
 
     def bleu(self, model: nn.Module, beams: int) -> float:
-        import sacrebleu
-
         device = device_of(model)
         end = self.tokenizer.end_of_text
         found = []
@@ -623,7 +669,7 @@ class Translation:
             ids = beam_search(model, source.to(device), mask.to(device), end, beams, longest)
             found += [self.text(row) for row in ids.tolist()]
             references += [self.text(example.target.tolist()) for example in some]
-        # The text is in tokens already, so no more is asked of sacrebleu than to count.
+        # The text is tokenized already; sacrebleu must not do it again.
         return sacrebleu.corpus_bleu(found, [references], tokenize="none", force=True).score
 
     def text(self, ids: list[int]) -> str:
@@ -638,33 +684,33 @@ class Translation:
 # ------------------------------------------------------------------------------------------- masks
 
 
-class Masks:
-    """Masked language modelling: name tokens behind masks, from the text on both sides."""
+class Masks(Task):
+    """Masked language modelling: predict masked tokens from the text on both sides."""
 
     window = 256  # tokens
 
     def __init__(self, s):
         self.settings = s
         text = {"dataset": s.dataset, "source": s.source, "data_dir": s.data_dir}
-        usual = {"train_split": "train", "val_split": "val", "tokenizer": "bpe"}
-        with find_data(argparse.Namespace(**text, **usual, vocab_size=s.vocab_size)) as folder:
+        text.update(train_split="train", val_split="val", tokenizer="bpe", vocab_size=s.vocab_size)
+        with train.find_data(argparse.Namespace(**text)) as folder:
             self.tokenizer = load_tokenizer(folder).with_mask()
-            corpus = Corpus(folder, self.tokenizer, self.window, s.seed)
+            corpus = train.Corpus(folder, self.tokenizer, self.window, s.seed)
             self.train = self.cut(corpus.ids("train").numpy())
             self.test = self.cut(corpus.ids("val").numpy())
 
     def cut(self, ids: np.ndarray) -> list[Example]:
         starts = range(0, len(ids), self.window)
-        return [Example(ids[start : start + self.window], target=0) for start in starts]
+        return [Example(ids[start : start + self.window]) for start in starts]
 
     def new_model(self) -> MegaForMaskedLM:
         return MegaForMaskedLM(new_config(self.settings, self.tokenizer.size))
 
     def new_baseline(self, ffn_size: int) -> nn.Module:
-        return TransformerEncoder(self.settings, self.tokenizer.size, self.window, ffn_size)
+        return TransformerEncoder(self.settings, self.tokenizer.size, ffn_size)
 
     def outputs(self, model: nn.Module, examples: list[Example], generator=None):
-        """Put masks over some of the tokens; return logits (M, vocabulary) and what they were."""
+        """Mask some tokens; return their logits (M, vocabulary) and ids (M)."""
         device = device_of(model)
         ids, mask = pad([example.inputs for example in examples])
         hidden = mask & (torch.rand(ids.shape, generator=generator) < self.settings.masked)
@@ -677,7 +723,7 @@ class Masks:
         return F.cross_entropy(logits, tokens, reduction="sum") / max(len(tokens), 1)
 
     def measure(self, model: nn.Module) -> dict[str, float]:
-        """Return how many masked tokens are named (percent) and the perplexity of a masked one."""
+        """Return the percentage of masked tokens predicted correctly, and their perplexity."""
         generator = torch.Generator().manual_seed(0)  # the same masks for all models
         right = 0
         nats = 0.0
@@ -687,42 +733,40 @@ class Masks:
             right += (logits.argmax(dim=-1) == tokens).sum().item()
             nats += F.cross_entropy(logits, tokens, reduction="sum").item()
             total += len(tokens)
-        return {"accuracy": 100 * right / total, "perplexity": math.exp(nats / total)}
+        total = max(total, 1)  # a tiny text may have no mask
+        return {"accuracy": 100 * right / total, "perplexity": math.exp(min(nats / total, 700))}
 
     def save(self, model: MegaForMaskedLM, folder: Path):
         model.save_pretrained(folder)
         save_tokenizer(self.tokenizer, folder)  # for sample.py --task fill-mask
 
 
-# ----------------------------------------------------------------------------------- Transformers
+# -------------------------------------------------------------------------------- the Transformer
 
 
 HEADS = 4
 
 
 class TransformerEncoder(nn.Module):
-    """torch's encoder with learned positions, called as MEGA's heads are.
+    """torch's encoder with sinusoidal positions, called as MEGA's heads are.
 
-    It gives logits of `classes` from the mean of all positions or, without, of tokens at each one.
+    Return logits of `classes` classes from the mean over positions or, with classes=0, of tokens at
+    each position.
     """
 
-    def __init__(self, s, vocabulary: int, longest: int, ffn_size: int, classes: int = 0):
+    def __init__(self, s, vocabulary: int, ffn_size: int, classes: int = 0):
         super().__init__()
         self.pool = classes > 0
-        self.embedding = nn.Embedding(vocabulary, s.n_embd)
-        self.positions = nn.Embedding(longest, s.n_embd)
         self.encoder = new_encoder(s, ffn_size)
         self.output = nn.Linear(s.n_embd, classes or vocabulary)
-        nn.init.normal_(self.embedding.weight, std=0.02)
-        nn.init.normal_(self.positions.weight, std=0.02)
+        initialize(self)
+        self.embedding = new_embedding(vocabulary, s.n_embd)
         if not self.pool:
             self.output.weight = self.embedding.weight
 
     def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, labels=None):
         x = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
-        x = self.encoder(
-            x + self.positions.weight[: x.shape[1]], src_key_padding_mask=~attention_mask
-        )
+        x = self.encoder(with_positions(x), src_key_padding_mask=~attention_mask)
         if self.pool:
             shares = attention_mask / attention_mask.sum(dim=1, keepdim=True)
             x = (x * shares.unsqueeze(-1)).sum(dim=1)
@@ -740,25 +784,25 @@ class Prefix(NamedTuple):
 
 
 class TransformerTranslator(nn.Module):
-    """torch's encoder and decoder with learned positions, called as Translator is.
+    """torch's encoder and decoder with sinusoidal positions, called as Translator is.
 
-    It reads its whole prefix anew at each step.
+    It has no cache: each step reads the whole prefix again.
     """
 
-    def __init__(self, s, vocabulary: int, longest: int, ffn_size: int):
+    def __init__(self, s, vocabulary: int, ffn_size: int):
         super().__init__()
-        self.embedding = nn.Embedding(vocabulary, s.n_embd)
-        self.positions = nn.Embedding(longest, s.n_embd)
         self.encoder = new_encoder(s, ffn_size)
         layer = nn.TransformerDecoderLayer(s.n_embd, HEADS, ffn_size, **options_of(s))
+        layer.self_attn.dropout = 0.0  # as in MEGA
+        layer.multihead_attn.dropout = 0.0
         self.decoder = nn.TransformerDecoder(layer, s.n_layer, nn.LayerNorm(s.n_embd))
         self.output = nn.Linear(s.n_embd, vocabulary)
+        initialize(self)
+        self.embedding = new_embedding(vocabulary, s.n_embd)
         self.output.weight = self.embedding.weight
-        nn.init.normal_(self.embedding.weight, std=0.02)
-        nn.init.normal_(self.positions.weight, std=0.02)
 
     def embed(self, ids: Tensor) -> Tensor:
-        return self.embedding(ids) + self.positions.weight[: ids.shape[1]]
+        return with_positions(self.embedding(ids))
 
     def forward(self, source: Tensor, mask: Tensor, target: Tensor) -> Tensor:
         return self.decode(Prefix(target, self.encode(source, mask), mask))
@@ -783,6 +827,7 @@ class TransformerTranslator(nn.Module):
 
 def new_encoder(s, ffn_size: int) -> nn.TransformerEncoder:
     layer = nn.TransformerEncoderLayer(s.n_embd, HEADS, ffn_size, **options_of(s))
+    layer.self_attn.dropout = 0.0  # as in MEGA
     norm = nn.LayerNorm(s.n_embd)
     return nn.TransformerEncoder(layer, s.n_layer, norm, enable_nested_tensor=False)
 
@@ -791,11 +836,34 @@ def options_of(s) -> dict:
     return {"dropout": s.dropout, "activation": "gelu", "batch_first": True, "norm_first": True}
 
 
+def initialize(model: nn.Module):
+    """Draw all matrices anew, as nn.Transformer does: torch's encoders copy one layer."""
+    for p in model.parameters():
+        if p.ndim > 1:
+            nn.init.xavier_uniform_(p)
+
+
+def new_embedding(vocabulary: int, size: int) -> nn.Embedding:
+    embedding = nn.Embedding(vocabulary, size)
+    nn.init.normal_(embedding.weight, std=size**-0.5)
+    return embedding
+
+
+def with_positions(x: Tensor) -> Tensor:
+    """Compute sqrt(D) x + sines and cosines of the positions (Vaswani et al. 2017), (B, L, D)."""
+    length, size = x.shape[1:]
+    pair = torch.arange(0, size, 2, device=x.device)
+    position = torch.arange(length, device=x.device).unsqueeze(1)
+    angle = position * torch.exp(pair * (-math.log(10000) / size))
+    waves = torch.cat([angle.sin(), angle.cos()], dim=1)
+    return x * math.sqrt(size) + waves
+
+
 def of_size(make, parameters: int) -> nn.Module:
-    """Return make(F) with the F, at least 1, whose number of parameters is the nearest."""
+    """Return make(F) with the F that brings its number of parameters nearest to `parameters`."""
     one = count(make(1))
-    each = count(make(2)) - one
-    return make(max(1 + round((parameters - one) / each), 1))
+    per_unit = count(make(2)) - one
+    return make(max(1 + round((parameters - one) / per_unit), 1))
 
 
 # ---------------------------------------------------------------------------------------- training
@@ -819,7 +887,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def table_of(model: nn.Module) -> nn.Embedding:
-    """Return the embedding of the tokens, the first of a model's."""
+    """Return a model's token embedding, the first of its embeddings."""
     return next(m for m in model.modules() if isinstance(m, nn.Embedding))
 
 
@@ -852,8 +920,8 @@ def new_config(s, vocabulary: int, **more) -> MegaConfig:
 
 
 def train_model(s, task, model: nn.Module, autocast) -> tuple[int, bool]:
-    """Train for s.max_minutes; return the number of steps, and whether all were done."""
-    optimizers = build_optimizers(s, model, device_of(model), torch.float32)
+    """Train for s.max_minutes; return the steps taken, and whether no signal cut them short."""
+    optimizers = train.build_optimizers(s, model, device_of(model), torch.float32)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     highest = [group["lr"] for group in groups]
     rng = np.random.default_rng(s.seed)
@@ -868,12 +936,13 @@ def train_model(s, task, model: nn.Module, autocast) -> tuple[int, bool]:
                 if progress >= 1 or signals:
                     return step, not signals
                 for group, rate in zip(groups, highest, strict=True):
-                    group["lr"] = rate * learning_rate_factor(s, progress)
+                    group["lr"] = rate * train.learning_rate_factor(s, progress)
                 with autocast:
                     loss = task.loss(model, examples)
                 if not loss.isfinite():
                     raise UserError(
-                        f"the loss is {loss.item()} after {step} steps; lower the learning rates"
+                        f"the loss is {loss.item()} after {step} steps; lower --learning_rate, "
+                        "--ema_learning_rate and --muon_learning_rate"
                     )
                 loss.backward()
                 nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf)
@@ -884,13 +953,14 @@ def train_model(s, task, model: nn.Module, autocast) -> tuple[int, bool]:
                 bar.update(progress, f"step {step}, loss {loss.item():.3f}")
 
 
-def run_task(name: str, s, given: dict):
+def run_task(name: str, s):
     """Read the data, train, measure and save."""
     keep_big_blocks()
     if s.threads:
         torch.set_num_threads(s.threads)
     device = choose_device(s.device)
-    autocast = make_autocast(device, choose_dtype(s.dtype, device))
+    dtype = choose_dtype(s.dtype, device)
+    autocast = make_autocast(device, dtype)
     folder = Path(s.out_dir).expanduser()
     with locked(folder, f"another run is at work in {folder}; choose another --out_dir"):
         if (folder / "result.json").exists():
@@ -909,8 +979,9 @@ def run_task(name: str, s, given: dict):
             "model": "Transformer" if s.baseline else "MEGA",
             "parameters": count(model),
             "examples": len(task.train),
-            "settings": {n: x for n, x in sorted(given.items()) if n not in NO_MATTER},
             "seed": s.seed,
+            "machine": f"{device.type}, {dtype_name(dtype)}, {torch.get_num_threads()} threads",
+            "settings": {n: getattr(s, n) for n in SETTINGS if n not in NOT_IN_TABLE},
         }
         print(
             f"{name}: {about['model']}, {about['parameters']:,} parameters on {device}; "
@@ -919,37 +990,45 @@ def run_task(name: str, s, given: dict):
         start = time.perf_counter()
         steps, all_done = train_model(s, task, model, autocast)
         minutes = (time.perf_counter() - start) / 60
+        if not all(p.isfinite().all() for p in model.parameters()):
+            raise UserError(f"after {steps} steps weights are not finite; lower the learning rates")
+        if not all_done:
+            print("stopped: measuring and saving what was learned so far", flush=True)
         if not s.baseline:
             task.save(model, folder)
         with evaluating(model), torch.no_grad(), autocast:
             measured = task.measure(model)
         result = {**about, "minutes": minutes, "steps": steps, "measured": measured}
-        if all_done:  # of a run that was stopped there is a model, and no result
+        if all_done:  # a run that was stopped leaves a model but no result
             write_whole(folder / "result.json", json.dumps(result, indent=2).encode())
     found = ", ".join(f"{what} {value:.2f}" for what, value in measured.items())
     print(f"{name}, {about['model']}, {steps:,} steps in {minutes:.1f} minutes: {found}")
 
 
 def print_results(folder: Path):
-    """Print a table of the result.json in folder/*: runs that differ in the seed are one row."""
-    found = {}
+    """Print a table of all folder/*/result.json; runs that differ only in the seed share a row."""
+    rows = {}
     for path in sorted(folder.glob("*/result.json")):
         with reading(f"{path} is damaged"):
             result = json.loads(path.read_bytes())
-            settings = " ".join(f"--{name}={x}" for name, x in result["settings"].items())
-            about = [result[name] for name in ("model", "parameters", "examples")]
+            defaults = {**SETTINGS, **RECIPES[result["task"]]}
+            changed = [f"--{n}={x}" for n, x in result["settings"].items() if x != defaults[n]]
+            about = [result["model"], f"{result['parameters']:,}", f"{result['examples']:,}"]
+            about += [result["machine"], " ".join(changed)]
             for what, value in result["measured"].items():
-                key = (result["task"], what, *about, settings)
-                found.setdefault(key, []).append((value, result["minutes"]))
-    if not found:
+                run = (float(value), float(result["minutes"]), int(result["steps"]))
+                rows.setdefault((result["task"], what, *about), []).append(run)
+    if not rows:
         raise UserError("there is no result in this folder; python -m data.tasks digits makes one")
-    print("| task | measure | model | parameters | examples | settings | minutes | runs | mean |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    for (task, what, model, parameters, examples, settings), runs in sorted(found.items()):
-        values, minutes = zip(*runs, strict=True)
+    print(
+        "| task | measure | model | parameters | examples | machine | settings | runs | minutes "
+        "| steps | mean |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    for about, runs in sorted(rows.items()):
+        values, minutes, steps = zip(*runs, strict=True)
         print(
-            f"| {task} | {what} | {model} | {parameters:,} | {examples:,} | {settings} "
-            f"| {np.mean(minutes):.1f} | {len(runs)} "
+            f"| {' | '.join(about)} | {len(runs)} | {np.mean(minutes):.1f} | {np.mean(steps):,.0f} "
             f"| {np.mean(values):.2f} ({min(values):.2f} to {max(values):.2f}) |"
         )
 
@@ -958,33 +1037,38 @@ def print_results(folder: Path):
 
 
 RULES = (  # names, the rule in words, the rule as a function
-    ("depth shortest expressions samples beams", "at least 1", lambda x: x >= 1),
+    ("depth", "from 1 to 10", lambda x: 1 <= x <= 10),
+    ("operands", "from 2 to 10", lambda x: 2 <= x <= 10),
+    ("beams", "from 1 to 256", lambda x: 1 <= x <= 256),
+    ("shortest expressions samples", "at least 1", lambda x: x >= 1),
     ("n_layer n_embd shared_size ema_size positions max_iters", "at least 1", lambda x: x >= 1),
-    ("arguments", "at least 2", lambda x: x >= 2),
-    ("beams", "at most 256", lambda x: x <= 256),
-    ("chunk_size threads seed weight_decay grad_clip", "0 or more", lambda x: x >= 0),
+    ("shared_size", "even", lambda x: x % 2 == 0),
+    ("chunk_size weight_decay", "0 or more", lambda x: x >= 0),
+    ("threads", "from 0 to 1024", lambda x: 0 <= x <= 1024),
+    ("seed", "from 0 to 2^63 - 1", lambda x: 0 <= x < train.MOST),
     ("max_minutes learning_rate ema_learning_rate", "above 0", lambda x: x > 0),
     ("muon_learning_rate", "above 0", lambda x: x > 0),
     ("masked", "above 0 and below 1", lambda x: 0 < x < 1),
-    ("dropout momentum beta1 beta2", "0 or more and below 1", lambda x: 0 <= x < 1),
-    ("min_lr_fraction warmup_fraction", "0 or more and below 1", lambda x: 0 <= x < 1),
+    ("dropout", "0 or more and below 1", lambda x: 0 <= x < 1),
+    ("dataset", "non-empty", bool),
     ("side", "14 or 28", lambda x: x in (14, 28)),
+    ("attention", f"one of {', '.join(ATTENTION_FUNCTIONS)}", lambda x: x in ATTENTION_FUNCTIONS),
+    ("norm", f"one of {', '.join(NORMS)}", lambda x: x in NORMS),
     ("optimizer", "muon or adamw", lambda x: x in ("muon", "adamw")),
     ("dtype", "auto, float32 or bfloat16", lambda x: x in ("auto", "float32", "bfloat16")),
 )
-# What does not tell one row of the table of results from another.
-NO_MATTER = ("out_dir", "source", "data_dir", "baseline", "device", "threads", "seed")
+# Settings that don't distinguish rows of the table of results.
+NOT_IN_TABLE = ("out_dir", "source", "data_dir", "baseline", "device", "dtype", "threads", "seed")
 
 
 def read_settings(name: str, given: dict) -> argparse.Namespace:
     """Return a task's settings, changed by the flags."""
-    comments = dict(re.findall(r"(?m)^(\w+) = .*?  # (.*)$", Path(__file__).read_text("utf-8")))
     for flag in given:
-        of, _, _ = comments[flag].partition(":")
-        tasks = of.split(", ")
-        if name not in tasks and set(tasks) <= TASKS.keys():
-            raise UserError(f"{name} has no setting --{flag}: it is for {of}")
-    s = argparse.Namespace(**{**SETTINGS, **RECIPES[name], **given})
+        owners = [owner for owner, flags in OWN.items() if flag in flags.split()]
+        if owners and name not in owners:
+            raise UserError(f"{name} has no setting --{flag}: it is for {', '.join(owners)}")
+    usual = {setting: train.SETTINGS[setting] for setting in TRAIN_SETTINGS.split()}
+    s = argparse.Namespace(**{**usual, **SETTINGS, **RECIPES[name], **given})
     for names, rule, valid in RULES:
         for setting in names.split():
             value = getattr(s, setting)
@@ -994,7 +1078,9 @@ def read_settings(name: str, given: dict) -> argparse.Namespace:
         raise UserError(f"--longest={s.longest} must be at least --shortest={s.shortest}")
     if s.baseline and s.n_embd % HEADS:
         raise UserError(f"--n_embd={s.n_embd} must be a multiple of {HEADS} for --baseline")
-    s.out_dir = s.out_dir or f"out-{name}{'-baseline' * s.baseline}-{s.seed}"
+    if not s.out_dir:
+        model = "-baseline" if s.baseline else ""
+        s.out_dir = f"out-{name}{model}-{s.seed}"
     return s
 
 
@@ -1009,7 +1095,7 @@ def main(arguments: list[str] | None = None):
     elif name not in TASKS:
         raise UserError(f"name a task first, {', '.join(TASKS)}, or --results; got {name!r}")
     given = read_flags(flags, __doc__, Path(__file__), SETTINGS, {})
-    run_task(name, read_settings(name, given), given)
+    run_task(name, read_settings(name, given))
 
 
 if __name__ == "__main__":

@@ -45,14 +45,14 @@ MODEL = {
 LONGEST = {"direct": 256, "recurrent": 1024, "fft": 16384, "blockwise": 65536}  # in a few seconds
 
 
-def seconds(work, rounds: int = 3) -> float:
-    """The median time of a few calls, after one that does not count."""
+def all_seconds(work, rounds: int = 3) -> list[float]:
+    """Return the times of a few calls, after one that does not count."""
     times = []
     for _ in range(rounds + 1):
         start = time.perf_counter()
         work()
         times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
+    return times[1:]
 
 
 def kept_bytes(work) -> int:
@@ -68,11 +68,11 @@ def kept_bytes(work) -> int:
     return sum(sizes.values())
 
 
-def ema_inputs(length: int, dtype: torch.dtype) -> tuple:
-    """x (1, L, 256) and the coefficients u, q, g (256, 16) of a new layer, all with gradients."""
+def ema_inputs(length: int, dtype: torch.dtype, batch: int = 1) -> tuple:
+    """Make x (B, L, 256) and the coefficients u, q, g (256, 16) of a new layer, with gradients."""
     torch.manual_seed(0)
     layer = DampedEMA(MegaConfig(**MODEL)).to(dtype)
-    inputs = torch.randn(1, length, MODEL["hidden_size"], dtype=dtype), *layer.coefficients()
+    inputs = torch.randn(batch, length, MODEL["hidden_size"], dtype=dtype), *layer.coefficients()
     return tuple(t.detach().requires_grad_() for t in inputs)
 
 
@@ -194,7 +194,7 @@ def tokens_per_second_at_most(model: MegaForCausalLM) -> float:
     """If a token took just the time to read all weights once, from memory."""
     block = torch.ones(1 << 26)  # 256 MiB, more than any cache holds
     size = sum(p.nbytes for p in model.parameters())
-    return block.nbytes / seconds(block.sum) / size
+    return block.nbytes / statistics.median(all_seconds(block.sum)) / size
 
 
 def by_turns(what: str, models: dict, work, tokens: int, rounds: int):

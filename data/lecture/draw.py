@@ -1,15 +1,16 @@
-"""Draw the README's figures, data/lecture/figures/*.svg, from runs made on the spot.
+"""Draw the figures of the lecture, data/lecture/figures/*.svg, from runs made on the spot.
 
-    python -m data.lecture.draw --nanogpt ../nanoGPT/model.py    # all of them, in seven minutes
+    python -m data.lecture.draw --nanogpt ../nanoGPT/model.py    # all of them, in eight minutes
     python -m data.lecture.draw kernels memory                   # some of them
 
 kernels, memory   the moving averages of the model in data/small, and of a new one
-cost              time and memory of the EMA's modes, and a training step, by length
-learning          what models of the experiments' size learn in MINUTES
-positions         what two of these predict at which position of a row
+cost              time and memory of the EMA's four modes, and a training step, by length
+learning          what models of the experiments' size learn, with and without a moving average
+positions         what these predict at which position of a window
 
-transformers (4.40.2) and nanoGPT's model.py are not of this project: without them their curves are
-missing. Under each figure's name the numbers that it shows are printed.
+transformers (4.40.2) and nanoGPT's model.py are not part of this project: without them their curves
+are missing. Under each figure's name the numbers that it shows are printed. layer.svg was drawn by
+hand.
 """
 
 import functools
@@ -22,29 +23,44 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from cycler import cycler
 from matplotlib import rcParams
 from matplotlib.figure import Figure
 
 import train
 from data.common import Parser, keep_big_blocks, run, write_whole
 from data.lecture import compare
-from data.lecture.experiments import check_names, half_lives, layers_of, read_settings
-from data.lecture.learn import NanoGPT, NoEMA, Undamped, learn, new_model_with, speed
+from data.lecture.experiments import check_names, half_lives, layers_of, load_decoder, read_settings
+from data.lecture.learn import learn, speed
+from data.lecture.variants import NoEMA, new_model_with
 from mega import MegaConfig, MegaForCausalLM, ema_kernel
 from sample import SMALL
 
 FIGURES = Path(__file__).parent / "figures"
-MINUTES = 0.8  # of each training
-EVERY = 0.1  # part of a training between two evaluations
-LENGTHS = (256, 1024, 4096, 16384)  # of a training step's rows
-STRIDE = 32  # between the starts of the windows of `positions`
+STEPS = 600  # of each training
+SEEDS = (1, 2, 3)
+LENGTHS = (256, 1024, 4096, 16384)  # of a training step's sequences
+STRIDE = (
+    61  # between the starts of windows: a prime, so that windows do not keep in step with chunks
+)
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart; dashes and markers as well.
+rcParams["axes.prop_cycle"] = (
+    cycler(color=["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"])
+    + cycler(linestyle=["-", "--", "-.", ":", "-", "--"])
+    + cycler(marker=["o", "s", "^", "D", "v", "P"])
+)
+rcParams["lines.markersize"] = 4
+rcParams["font.size"] = 11
+rcParams["axes.titlesize"] = 11
+rcParams["legend.fontsize"] = 10
 rcParams["svg.fonttype"] = "none"  # text stays text
 rcParams["svg.hashsalt"] = "mega"  # so that names inside a file do not change from run to run
 
 
-def new_figure(columns: int, width: float = 9.0, height: float = 3.2, **options):
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots(1, columns, squeeze=False, **options)[0]
+def new_figure(rows: int, columns: int, height: float = 3.6, **options):
+    figure = Figure(figsize=(9, height), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, **options).flatten()
     for ax in axes:
         ax.grid(alpha=0.3)
     return figure, axes
@@ -62,62 +78,103 @@ def save(name: str, figure: Figure):
 
 @torch.no_grad()
 def kernels(options):
-    """Of some channels of each layer, each divided by its largest tap."""
-    layers, taps = layers_of(options.model), 32
-    figure, axes = new_figure(len(layers), 11, 2.6, sharey=True)
-    for ax, (name, ema) in zip(axes, layers.items(), strict=True):
-        kernel = ema_kernel(*ema.coefficients(), taps)
+    """Kernels of six channels of a new layer and of the first and last layer of a trained model."""
+    layers = layers_of(options.model)
+    found = {name: ema_kernel(*ema.coefficients(), 256) for name, ema in layers.items()}
+    for name, kernel in found.items():
         largest, where = kernel.abs().max(-1, keepdim=True)
         shape = kernel / largest
-        ax.plot(shape[:: len(shape) // 8][:8].T, linewidth=1)
-        ax.set_title(name, fontsize=10)
-        ax.set_xlabel("tokens ago")
         late = (where > 0).double().mean().item()
         sign = ((shape > 0.05).any(-1) & (shape < -0.05).any(-1)).double().mean().item()
         print(
-            f"  {name}: {late:.0%} of the kernels have their largest tap after the first, "
-            f"{sign:.0%} change their sign by more than 5% of it"
+            f"  {name}: {late:.0%} of the kernels peak after lag 0, {sign:.0%} change their sign "
+            "(above 5% of the peak)"
         )
-    axes[0].set_ylabel("kernel / its largest tap")
+    first, second, *_, last = found
+    figure, axes = new_figure(1, 3, 3.2, sharey=True)
+    for ax, name in zip(axes, (first, second, last), strict=True):
+        kernel = found[name]
+        lags = np.arange(1, kernel.shape[1] + 1)
+        for channel in range(0, len(kernel), math.ceil(len(kernel) / 6)):
+            ax.semilogx(lags, kernel[channel], markevery=[0, 1, 3, 7, 15, 31, 63, 127])
+        ax.set_title(name)
+        ax.set_xlabel("lag + 1, in tokens")
+    axes[0].set_ylabel("kernel")
     save("kernels", figure)
 
 
 def memory(options):
-    """How many of a layer's hidden numbers have a half-life above so many tokens."""
-    figure, (ax,) = new_figure(1, 6)
+    """Half-lives of all EMA states of a layer, the longest first, on two logarithmic axes."""
+    figure, (ax,) = new_figure(1, 1)
     for name, ema in layers_of(options.model).items():
-        lives = half_lives(ema).sort().values
-        share = 1 - torch.arange(len(lives)) / len(lives)
-        rows = torch.linspace(0, len(lives) - 1, 200).long()
-        style = {"color": "black", "linestyle": "--"} if name.startswith("new") else {}
-        ax.loglog(lives[rows], share[rows], label=name, **style)
-        print(f"  {name}: median {lives.median():.1f} tokens, longest {lives[-1]:.0f}")
-    ax.set_xlabel("half-life in tokens")
-    ax.set_ylabel("part of the hidden numbers above it")
-    ax.legend(fontsize=8)
+        lives = half_lives(ema).sort(descending=True).values
+        ranks = torch.logspace(0, math.log10(len(lives)), 40).long().clamp(1, len(lives))
+        ax.loglog(ranks, lives[ranks - 1], label=name)
+        over = (lives > 10).sum().item()
+        print(
+            f"  {name}: median {lives.median():.1f} tokens, longest {lives[0]:.0f}; {over:,} of "
+            f"{len(lives):,} above 10"
+        )
+    model, _ = load_decoder(options.model)
+    ax.axhline(model.config.chunk_size, color="gray", linestyle=":", marker="")
+    ax.set_xlabel("rank of the state, of D N in a layer; dotted: the length of a chunk")
+    ax.set_ylabel("half-life in tokens")
+    ax.legend()
     save("memory", figure)
 
 
 # ---------------------------------------------------------------------------------- time and space
 
 
+def with_range(ax, x, times, label):
+    """Draw medians of repeated measurements, with bars from the lowest to the highest."""
+    times = np.array(times)  # (lengths, repeats)
+    middle = np.median(times, axis=1)
+    bars = [middle - times.min(axis=1), times.max(axis=1) - middle]
+    ax.errorbar(x, middle, bars, capsize=2, label=label)
+    ax.set_xscale("log")
+
+
 def cost(options):
     """EMA modes, forward and backward (time, memory), and the training step, by length."""
-    figure, (ms, mib, steps) = new_figure(3, 11)
-    for mode in compare.EMA_MODES:
-        lengths = [n for n in (16, 64, 256, 1024, 4096, 16384) if n <= compare.LONGEST[mode]]
-        times, sizes = [], []
+    figure, axes = new_figure(2, 2, 7)
+    D, N = MegaConfig(**compare.MODEL).hidden_size, MegaConfig().ema_projection_size
+    for ax, batch in zip(axes, (1, 8), strict=False):
+        for mode, longest in compare.LONGEST.items():
+            lengths = [n for n in (16, 64, 256, 1024, 4096, 16384) if n <= longest // batch]
+            times = []
+            for length in lengths:
+                inputs = compare.ema_inputs(length, torch.float32, batch)
+                work = functools.partial(compare.run_ema, mode, inputs)
+                found = compare.all_seconds(lambda work=work: work().sum().backward())
+                times.append([1e3 * t for t in found])
+            with_range(ax, lengths, times, mode)
+            found = zip(lengths, np.median(times, axis=1), strict=True)
+            print(
+                f"  {mode}, batch {batch}: " + ", ".join(f"{n:,} {t:.1f} ms" for n, t in found),
+                flush=True,
+            )
+        ax.set_yscale("log")
+        ax.set_ylabel("ms, forward and backward")
+        ax.set_title(f"the EMA, batch {batch}, D = {D}, N = {N}, fp32")
+    for mode, longest in compare.LONGEST.items():
+        lengths = [n for n in (16, 64, 256, 1024, 4096, 16384) if n <= longest]
+        sizes = []
         for length in lengths:
             inputs = compare.ema_inputs(length, torch.float32)
             work = functools.partial(compare.run_ema, mode, inputs)
-            times.append(1e3 * compare.seconds(lambda work=work: work().sum().backward()))
             sizes.append(compare.kept_bytes(work) / 2**20)
-        ms.loglog(lengths, times, ".-", label=mode)
-        mib.loglog(lengths, sizes, ".-", label=mode)
-        found = zip(lengths, times, strict=True)
-        print(f"  {mode}: " + ", ".join(f"{n:,} {t:.1f} ms" for n, t in found), flush=True)
-    ms.set_title("the EMA, milliseconds", fontsize=10)
-    mib.set_title("the EMA, MiB kept for backward", fontsize=10)
+        axes[2].loglog(lengths, sizes, label=mode)
+    axes[2].set_title("the EMA, batch 1: kept for the backward pass")
+    axes[2].set_ylabel("MiB")
+    training_cost(axes[3], options)
+    for ax in axes:
+        ax.set_xlabel("length of a sequence")
+        ax.legend()
+    save("cost", figure)
+
+
+def training_cost(ax, options):
     models = {"this": lambda _: MegaForCausalLM(MegaConfig(**compare.MODEL))}
     if importlib.util.find_spec("transformers"):
         models["transformers"] = lambda _: compare.build_theirs()
@@ -127,90 +184,95 @@ def cost(options):
     for name, build in models.items():
         speeds = []
         for length in LENGTHS:
-            ids = torch.randint(3, compare.MODEL["vocab_size"], (max(4096 // length, 1), length))
+            ids = compare.random_ids(max(4096 // length, 1), length)
             work = functools.partial(compare.train_step, build(length).train(), ids, dtype)
-            speeds.append(ids.numel() / compare.seconds(work, 2))
-        steps.semilogx(LENGTHS, speeds, ".-", label=name)
-        found = zip(LENGTHS, speeds, strict=True)
+            speeds.append([ids.numel() / t for t in compare.all_seconds(work)])
+        with_range(ax, LENGTHS, speeds, name)
+        found = zip(LENGTHS, np.median(speeds, axis=1), strict=True)
         print(f"  {name}: " + ", ".join(f"{n:,} {v:,.0f} tokens/s" for n, v in found), flush=True)
-    steps.set_title(f"training, tokens a second ({train.dtype_name(dtype)})", fontsize=10)
-    steps.set_ylim(bottom=0)
-    for ax in (ms, mib, steps):
-        ax.set_xlabel("length of a row")
-        ax.legend(fontsize=8)
-    save("cost", figure)
+    ax.set_title(f"a training step, {train.dtype_name(dtype)}, 5.4M parameters")
+    ax.set_ylabel("tokens a second")
+    ax.set_ylim(bottom=0)
 
 
 # ---------------------------------------------------------------------------------------- learning
 
+MODELS = {"MEGA": None, "no moving average": NoEMA}
+
 
 @functools.cache
-def trained(name: str, make_model=train.new_model, **changes):
-    """A model after MINUTES of training, its corpus, and (minutes, bits a byte) on the way."""
-    s, curve = read_settings(max_minutes=MINUTES, max_iters=10**6, **changes), []
+def trained(name: str, seed: int):
+    """Train a model for STEPS; return the training and (step, bits per byte) on the way."""
+    s = read_settings(max_iters=STEPS, seed=seed)
+    curve = []
 
     def evaluate(t: train.Training):
-        if t.progress() >= EVERY * (len(curve) + 1):
+        if t.progress() >= 0.1 * (len(curve) + 1) - 1e-9:
             result = train.evaluate(t.model, t.corpus, "val", str(s.block_size), t.autocast)
-            curve.append((t.seconds / 60, result["bits_per_byte"]))
+            curve.append((t.step, result["bits_per_byte"]))
 
-    t = learn(s, make_model, evaluate)
-    print(f"  {name}: {t.step} steps, {speed(t):,.0f} tokens/s, {curve[-1][1]:.3f} bits a byte")
+    t = learn(s, functools.partial(new_model_with, ema=MODELS[name]), evaluate)
+    print(f"  {name}, seed {seed}: {speed(t):,.0f} tokens/s, {curve[-1][1]:.3f} bits per byte")
     return t, curve
 
 
-MODELS = {
-    "MEGA": (train.new_model, {}),
-    "no moving average": (functools.partial(new_model_with, NoEMA), {}),
-    "delta = 1": (functools.partial(new_model_with, Undamped), {}),
-    "N = 1": (train.new_model, {"ema_size": 1}),
-}
-
-
 def learning(options):
-    """Bits a byte of the validation split after so many minutes of training."""
-    figure, (ax,) = new_figure(1, 6)
-    curves = {name: trained(name, make, **changes)[1] for name, (make, changes) in MODELS.items()}
-    if options.nanogpt:
-        make_model = functools.partial(NanoGPT, options.nanogpt)
-        curves["nanoGPT"] = trained("nanoGPT", make_model)[1]
-    for name, curve in curves.items():
-        ax.plot(*zip(*curve, strict=True), ".-", label=name)
-    ax.set_xlabel("minutes of training")
-    ax.set_ylabel("bits a byte, windows of 512")
-    ax.legend(fontsize=8)
+    """Bits per byte of the validation split after so many steps, with the spread of three seeds."""
+    figure, (ax,) = new_figure(1, 1)
+    for name in MODELS:
+        curves = np.array([trained(name, seed)[1] for seed in SEEDS])  # (seeds, points, 2)
+        steps = curves[0, :, 0]
+        bits = curves[:, :, 1]
+        (line,) = ax.plot(steps, bits.mean(axis=0), label=name)
+        ax.fill_between(
+            steps, bits.min(axis=0), bits.max(axis=0), color=line.get_color(), alpha=0.2
+        )
+    ax.set_xlabel("steps of 2,048 bytes")
+    ax.set_ylabel("bits per byte, windows of 512")
+    ax.legend()
     save("learning", figure)
 
 
 @torch.no_grad()
+def bits_by_position(t: train.Training, length: int) -> np.ndarray:
+    """Return the mean bits of the byte at each position of windows of the validation split."""
+    windows = t.corpus.ids("val").unfold(0, length + 1, STRIDE)
+    model = t.model.eval()
+    total = 0
+    for some in windows.split(64):
+        with t.autocast:
+            logits = model(some[:, :-1], use_cache=False).logits
+        nats = F.cross_entropy(logits.float().mT, some[:, 1:], reduction="none")
+        total = total + nats.double().sum(0)
+    return (total / len(windows) / math.log(2)).numpy()
+
+
 def positions(options):
-    """Bits of each byte of windows that start everywhere, by its position in the window."""
-    figure, (ax,) = new_figure(1, 8)
-    for name in ("MEGA", "no moving average"):
-        make_model, changes = MODELS[name]
-        t, _ = trained(name, make_model, **changes)
-        chunk = t.settings.chunk_size
-        length = 3 * chunk
-        total, windows = 0, t.corpus.ids("val").unfold(0, length + 1, STRIDE)
-        model = t.model.eval()
-        for rows in windows.split(64):
-            with t.autocast:
-                logits = model(rows[:, :-1], use_cache=False).logits
-            nats = F.cross_entropy(logits.float().mT, rows[:, 1:], reduction="none")
-            total = total + nats.double().sum(0)
-        bits = total / len(windows) / math.log(2)
-        means = bits.view(-1, 8).mean(1)
-        ax.plot(np.arange(0, length, 8) + 3.5, means, label=name)
-        first, last, after = bits[0], bits[chunk - 16 : chunk].mean(), bits[chunk : chunk + 16]
+    """Bits of a byte by its position in a window, means of three seeds, and the first border."""
+    figure, (ax, near) = new_figure(1, 2, width_ratios=(2, 1))
+    for name in MODELS:
+        runs = [trained(name, seed)[0] for seed in SEEDS]
+        chunk = runs[0].settings.chunk_size
+        bits = np.mean([bits_by_position(t, 3 * chunk) for t in runs], axis=0)
+        size = min(8, chunk)  # of a bin, none of which has a border inside
+        middle = np.arange(0, len(bits), size) + (size - 1) / 2
+        ax.plot(middle, bits.reshape(-1, size).mean(axis=1), label=name)
+        border = np.arange(max(chunk - 12, 0), chunk + 12)
+        near.plot(border - chunk, bits[border])
+        last = bits[chunk - 16 : chunk].mean()
+        after = bits[chunk : chunk + 16]
         print(
-            f"  {name}: {first:.2f} bits at the first position, {last:.2f} at the last 16 of a "
-            f"chunk, {after[0]:.2f} at the first of the next, {after.mean():.2f} at its first 16"
+            f"  {name}: {bits[0]:.3f} bits at the first position, {last:.3f} at the last 16 of a "
+            f"chunk, {after[0]:.3f} at the first of the next, {after.mean():.3f} at its first 16"
         )
-    for border in range(chunk, length, chunk):
-        ax.axvline(border, color="gray", linestyle=":")
-    ax.set_xlabel(f"position in the row; chunks of {chunk} end at the dotted lines")
-    ax.set_ylabel("bits a byte")
-    ax.legend(fontsize=8)
+    for edge in range(chunk, 3 * chunk, chunk):
+        ax.axvline(edge - 0.5, color="gray", linestyle=":", marker="")
+    near.axvline(-0.5, color="gray", linestyle=":", marker="")
+    ax.set_xlabel(f"position in the window; dotted: borders of chunks of {chunk}")
+    ax.set_ylabel("bits per byte")
+    ax.legend()
+    near.set_title("the first border")
+    near.set_xlabel("position in the second chunk")
     save("positions", figure)
 
 

@@ -1,20 +1,21 @@
-"""Seven exercises. Write a function, then see whether its test passes:
+"""Nine exercises. Write a function, then see whether its test passes:
 
     pytest data/lecture/exercises.py                 # all; an unwritten one fails
     pytest data/lecture/exercises.py -k half_life    # one of them
 
-They follow the README's lecture, from the moving average to a head of your own. test_mega.py has a
-solution of each, and a near miss that its test must find.
+They follow the notebook, from the moving average to a head of your own. solutions.py has an answer
+to each, to be opened after trying.
 """
 
 import math
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
 import mega
-from data.lecture.learn import NoEMA
+from data.lecture.variants import NoEMA
 from mega import MegaBase, MegaConfig, MegaForCausalLM, ema_direct, ema_recurrent
 
 
@@ -62,6 +63,27 @@ def first_seen(position: int, chunk: int, layers: int) -> int:
     It has chunks of so many tokens, and so many layers.
     """
     raise NotImplementedError("write first_seen")
+
+
+def beam_search(model: MegaForCausalLM, ids: Tensor, new: int, beams: int) -> Tensor:
+    """The likeliest continuation of ids (1, L) that beam search finds: (1, L + new).
+
+    At each step keep the `beams` prefixes of the highest sum of log-probabilities. The model shall
+    read each token once: go on from its cache. All tensors of a cache have the batch first, and a
+    cache is a value, so the prefixes that descend from one can all take its part of the cache.
+    """
+    raise NotImplementedError("write beam_search")
+
+
+class DynamicTanh(torch.nn.Module):
+    """A norm without statistics (Zhu et al. 2025): gain * tanh(alpha x) + shift.
+
+    alpha is one learned number, at first 0.5. With `affine`, gain (size) and shift (size) are
+    learned, too, at first 1 and 0; without it they are left out. `eps` is of no use here.
+    """
+
+    def __init__(self, size: int, eps: float, affine: bool):
+        raise NotImplementedError("write DynamicTanh")
 
 
 class SequenceRegression(MegaBase):
@@ -164,6 +186,50 @@ def test_first_seen(layers, chunk):
         model(inputs_embeds=x).logits[0, position].sum().backward()
         seen = x.grad[0].abs().sum(-1).nonzero().flatten()
         assert first_seen(position, chunk, layers) == seen.min()
+
+
+@torch.no_grad()
+def likeliest(model: MegaForCausalLM, ids: Tensor, new: int, beams: int) -> Tensor:
+    """Beam search that reads every prefix anew."""
+    found = [(0.0, ids)]
+    for _ in range(new):
+        longer = []
+        for score, prefix in found:
+            log_p = model(prefix).logits[0, -1].log_softmax(-1)
+            for token, more in enumerate(log_p.tolist()):
+                longer.append((score + more, torch.cat([prefix, torch.tensor([[token]])], dim=1)))
+        found = sorted(longer, key=lambda pair: -pair[0])[:beams]
+    return found[0][1]
+
+
+@pytest.mark.parametrize("beams", [1, 2, 5])
+def test_beam_search(beams):
+    torch.manual_seed(beams)
+    model = MegaForCausalLM(decoder(use_chunking=True, chunk_size=3)).double().eval()
+    for p in model.parameters():
+        p.data += torch.randn(p.shape)
+    read = []
+    model.mega.register_forward_hook(lambda _, inputs, out: read.append(inputs[0].shape[1]))
+    for start in range(4):
+        ids = torch.randint(11, (1, 4 + start))
+        expected = likeliest(model, ids, 6, beams)
+        read.clear()
+        assert torch.equal(beam_search(model, ids, 6, beams), expected)
+        assert sum(read) <= ids.shape[1] + 6, "the model read some tokens more than once"
+
+
+@mock.patch.dict(mega.NORMS)  # afterwards it is as before
+def test_dynamic_tanh():
+    x = torch.randn(2, 7, 6, dtype=torch.float64)
+    norm = DynamicTanh(6, 1e-5, True).double()
+    torch.testing.assert_close(norm(x), torch.tanh(0.5 * x))
+    assert sorted(p.numel() for p in norm.parameters()) == [1, 6, 6]
+    assert [p.numel() for p in DynamicTanh(6, 1e-5, False).parameters()] == [1]
+    mega.NORMS["dyt"] = DynamicTanh
+    model = MegaForCausalLM(decoder(normalization_type="dyt", final_norm=True)).double().eval()
+    ids = torch.randint(11, (1, 9))
+    out = model(ids[:, :5], use_cache=True)
+    torch.testing.assert_close(model(ids[:, 5:], cache=out.cache).logits, model(ids).logits[:, 5:])
 
 
 def test_sequence_regression():

@@ -1,11 +1,12 @@
-"""A student's questions to MEGA, each answered by a run of less than two minutes.
+"""Questions about MEGA, each answered by a run.
 
     python -m data.lecture.experiments           # the questions
     python -m data.lecture.experiments memory    # one answer; or several names, or `all`
 
-`memory`, `border` and `cache` look into the trained model in data/small, or into --model. The
-others train models of 0.46M parameters on the bytes of the text that ships with Python, in
-train.py's loop, all for the same number of steps.
+`memory`, `border` and `cache` look into the trained model in data/small, or into --model, and take
+seconds. The others train models of 0.46M parameters on the bytes of the text that ships with
+Python, in train.py's loop, 1,000 steps of 2,048 bytes for each of three seeds: three minutes a
+model on two CPU cores. `--steps=300 --seeds=1` is a first look.
 """
 
 import functools
@@ -20,7 +21,8 @@ from torch import Tensor
 
 import train
 from data.common import Parser, UserError, keep_big_blocks, run
-from data.lecture.learn import NoEMA, Undamped, learn, new_model_with, speed
+from data.lecture.learn import learn, speed
+from data.lecture.variants import ComplexEMA, NoEMA, SlidingLayer, Undamped, new_model_with
 from data.prepare import load_tokenizer, prepare, read_meta
 from mega import DampedEMA, MegaCache, MegaForCausalLM
 from sample import SMALL, load_model
@@ -31,39 +33,33 @@ TINY = {
     "max_minutes": 0,
     "dropout": 0,
     "hidden_dropout": 0,
+    "n_layer": 2,
+    "n_embd": 128,
+    "intermediate_size": 256,
+    "nffn_hidden_size": 256,
 }
-TINY |= {"n_layer": 2, "n_embd": 128, "intermediate_size": 256, "nffn_hidden_size": 256}
 
 
 def read_settings(**changes):
-    """Settings of train.py for a tiny model, with changes."""
+    """Return train.py's settings for a tiny model, with changes."""
     return train.read_settings([f"--{name}={value}" for name, value in (TINY | changes).items()])
-
-
-def compare(options, *models):
-    """Train models (a name, another class of moving averages or None, settings): a row of each."""
-    print(f"{'bits a byte':26}{'train':>10}{'val':>10}{'tokens/s':>12}")
-    for name, ema, changes in models:
-        make_model = functools.partial(new_model_with, ema) if ema else train.new_model
-        t = learn(read_settings(max_iters=options.steps, **changes), make_model)
-        bits = np.mean(t.losses[-20:]) / math.log(2)  # a token is a byte
-        val = train.evaluate(t.model, t.corpus, "val", "carried", t.autocast)["bits_per_byte"]
-        print(f"{name:26}{bits:10.3f}{val:10.3f}{speed(t):12,.0f}", flush=True)
 
 
 # -------------------------------------------------------------------------------- a trained model
 
 
 def load_decoder(source: str):
-    """A trained model and its tokenizer; UserError unless it is a decoder with chunks."""
-    model, codec = load_model(source)
+    """Load a model and its tokenizer; UserError unless it is a decoder with chunks."""
+    model, tokenizer = load_model(source)
     if not (model.config.is_decoder and model.config.use_chunking):
-        raise UserError(f"{source} is no decoder with chunks; give the folder of one of train.py's")
-    return model, codec
+        raise UserError(
+            f"{source} is no decoder with chunks; give the folder of a model of train.py's"
+        )
+    return model, tokenizer
 
 
 def layers_of(source: str) -> dict[str, DampedEMA]:
-    """The moving averages of a new layer and of those of a trained model."""
+    """Return the moving averages of a new layer and of each layer of a trained model."""
     model, _ = load_decoder(source)
     torch.manual_seed(0)
     layers = {"new, any layer": MegaForCausalLM(model.config).mega.layers[0]}
@@ -74,8 +70,8 @@ def layers_of(source: str) -> dict[str, DampedEMA]:
 def memory(options):
     """What does each layer remember?
 
-    The half-life of a hidden number, ln 2 / -ln q, is the number of tokens after which half of what
-    was written to it is left. A layer has D times N of them.
+    The half-life of an EMA state, ln 2 / -ln q, is the number of tokens after which half of what
+    was written to it is left. A layer has D times N states.
     """
     print(f"{'':18}{'a tenth below':>15}{'half below':>12}{'a tenth above':>15}{'longest':>9}")
     for name, ema in layers_of(options.model).items():
@@ -85,7 +81,7 @@ def memory(options):
 
 
 def half_lives(ema: DampedEMA) -> Tensor:
-    """Of all hidden numbers, (D N), in tokens."""
+    """Return the half-lives of all states, (D N), in tokens."""
     return math.log(2) / -ema.coefficients()[1].detach().double().log().flatten()
 
 
@@ -93,23 +89,24 @@ def half_lives(ema: DampedEMA) -> Tensor:
 def border(options):
     """What gets over a chunk's border?
 
-    One token of a text is replaced by another. By how many nats (KL) do the predictions after it
-    change? The first token of a chunk is seen by attention through all of the chunk. The last one
-    is seen by no later query: what comes of it went through moving averages.
+    One token of a text is replaced by another. By how many nats (KL divergence) do the predictions
+    after it change? If it is the first token of a chunk, attention sees it from the whole chunk. If
+    it is the last one, no later query sees it: its effect went through moving averages.
     """
-    model, codec = load_decoder(options.model)
-    chunk, tokens = model.config.chunk_size, val_tokens(codec)
-    rows = tokens[: len(tokens) // (3 * chunk) * 3 * chunk].view(-1, 3 * chunk)
+    model, tokenizer = load_decoder(options.model)
+    chunk = model.config.chunk_size
+    tokens = val_tokens(tokenizer)
+    sequences = tokens[: len(tokens) // (3 * chunk) * 3 * chunk].view(-1, 3 * chunk)
     ranges = [(1, 1), (2, 3), (4, 7), (8, 15), (16, 31), (32, 63), (64, 126)]
     ranges = [(a, b) for a, b in ranges if b < chunk]
     found = []
     for at in (chunk, chunk - 1):
-        changed = rows.clone()
-        changed[:, at] = rows[:, at].roll(1)  # that of another row
+        changed = sequences.clone()
+        changed[:, at] = sequences[:, at].roll(1)  # that of another sequence
         nats = torch.cat(
             [
                 divergence(model(a).logits, model(b).logits)
-                for a, b in zip(rows.split(8), changed.split(8), strict=True)
+                for a, b in zip(sequences.split(8), changed.split(8), strict=True)
             ]
         ).mean(0)
         found.append([nats[at + a : at + b + 1].mean().item() for a, b in ranges])
@@ -119,30 +116,33 @@ def border(options):
 
 
 def divergence(a: Tensor, b: Tensor) -> Tensor:
-    """KL(p || q) of logits (.., vocabulary), in nats (..)."""
-    p, q = a.log_softmax(-1), b.log_softmax(-1)
-    return (p.exp() * (p - q)).sum(-1)
+    """Compute KL(p || q) of the distributions of logits (..., vocabulary), in nats (...)."""
+    log_p = a.log_softmax(-1)
+    log_q = b.log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
-def val_tokens(codec) -> Tensor:
-    """The validation split of the text that ships with Python, (T,), in a checkpoint's tokens."""
+def val_tokens(tokenizer) -> Tensor:
+    """Read the validation split of the text that ships with Python, (T,), as tokens."""
     data = prepare("pydocs")
     ids = np.fromfile(data / "val.bin", read_meta(data)["dtype"]).astype(np.int64)
     other = load_tokenizer(data)
-    return torch.as_tensor(ids if codec == other else codec.encode(other.decode(ids.tolist())))
+    if tokenizer != other:
+        ids = tokenizer.encode(other.decode(ids.tolist()))
+    return torch.as_tensor(ids)
 
 
 @torch.no_grad()
 def cache(options):
     """What is in the cache, and how large is it?
 
-    A layer keeps the state of its moving averages, D N numbers, and of the open chunk the keys, Z
-    numbers a token, and the values, V numbers. A Transformer keeps 2 D numbers of every token.
+    A layer keeps D N states of its moving averages and, for each token of the open chunk, a key of
+    Z numbers and a value of V. A Transformer keeps a key and a value of D numbers for every token.
     """
-    model, codec = load_decoder(options.model)
+    model, tokenizer = load_decoder(options.model)
     config = model.config
     whole = MegaForCausalLM(replace(config, use_chunking=False)).eval()
-    ids = torch.randint(codec.size, (1, 10_000))
+    ids = torch.randint(tokenizer.size, (1, 10_000))
     print(f"{'tokens':>8}{'in chunks':>12}{'no chunks':>12}{'Transformer':>14}   KiB in fp32")
     for length in (100, 1000, 10_000):
         caches = [m.mega(ids[:, :length], use_cache=True).cache for m in (model, whole)]
@@ -152,7 +152,7 @@ def cache(options):
         print(f"{length:8,}{chunked:12,.0f}{unchunked:12,.0f}{transformer:14,.0f}")
         if length == 100:
             shapes = [tuple(t.shape) for t in caches[0].layers[0][:3]]
-    print("\na layer of the first row: state {}, keys {}, values {}".format(*shapes))
+    print("\na layer after 100 tokens: states {}, keys {}, values {}".format(*shapes))
 
 
 def cached_numbers(found: MegaCache) -> int:
@@ -162,44 +162,122 @@ def cached_numbers(found: MegaCache) -> int:
 # ---------------------------------------------------------------------------- models to be trained
 
 
-def damping(options):
-    """What if damping is off?
-
-    Then delta is 1 and q = 1 - p: what forgets slowly also reads little, but for a larger beta.
+@functools.cache
+def trained(seed: int, steps: int, ema=None, layer=None, **changes) -> tuple[float, float, float]:
+    """Train a model; return bits per byte of the last 20 steps and of the validation split, and
+    tokens a second.
     """
-    models = ("damped", None, {}), ("delta = 1", Undamped, {}), ("no moving average", NoEMA, {})
-    compare(options, *models)
+    s = read_settings(max_iters=steps, seed=seed, **changes)
+    t = learn(s, functools.partial(new_model_with, ema=ema, layer=layer))
+    train_bits = np.mean(t.losses[-20:]) / math.log(2)  # a token is a byte
+    val = train.evaluate(t.model, t.corpus, "val", str(s.block_size), t.autocast)
+    return train_bits, val["bits_per_byte"], speed(t)
+
+
+def compare(options, models: dict[str, dict], longer: int = 1):
+    """Train each model (a name: what differs from MEGA) with each seed; print a line of each."""
+    print(f"bits per byte: means of {options.seeds} seeds, in windows of 512 bytes\n")
+    print(f"{'':28}{'training':>10}{'validation':>12}{'lowest':>10}{'highest':>9}{'tokens/s':>10}")
+    for name, changes in models.items():
+        runs = [
+            trained(seed, longer * options.steps, **changes) for seed in range(1, options.seeds + 1)
+        ]
+        train_bits, val, speeds = zip(*runs, strict=True)
+        print(
+            f"{name:28}{np.mean(train_bits):10.3f}{np.mean(val):12.3f}"
+            f"{min(val):10.3f}{max(val):9.3f}{np.median(speeds):10,.0f}",
+            flush=True,
+        )
+
+
+def average(options):
+    """What is the moving average worth?
+
+    Three times as many steps as in the other questions: without the average learning takes off
+    late, and a short run would exaggerate the difference.
+    """
+    models = {
+        "MEGA": {},
+        "no average": {"ema": NoEMA},
+        "no average, chunks of 512": {"ema": NoEMA, "chunk_size": 512},
+    }
+    compare(options, models, longer=3)
+
+
+def damping(options):
+    """What is damping worth?
+
+    Without it delta is 1 and q = 1 - p: what forgets slowly also reads little, but beta can make up
+    for that. Here it starts with the same q and the same p beta as MEGA.
+    """
+    compare(options, {"MEGA": {}, "delta = 1": {"ema": Undamped}})
 
 
 def dims(options):
-    """Does a channel need 16 hidden numbers?
+    """Does a channel need 16 states?
 
-    With one its kernel can only fall; a sum of 16 can rise first, or change its sign.
+    With one, its kernel can only decay; a sum of 16 can rise first, or change its sign.
     """
-    compare(options, *((f"N = {n}", None, {"ema_size": n}) for n in (1, 4, 16)))
+    compare(options, {"N = 1": {"ema_size": 1}, "N = 4": {"ema_size": 4}, "N = 16, MEGA": {}})
+
+
+def complex_q(options):
+    """Do states that rotate help?
+
+    S4D and Megalodon multiply q by e^{i theta}, with a learned theta for each state, so that
+    kernels can oscillate.
+    """
+    compare(options, {"MEGA, q real": {}, "q complex": {"ema": ComplexEMA}})
 
 
 def chunks(options):
-    """Chunks of 32 bytes, without the moving average?"""
-    compare(options, *(
-        (f"chunks of {size}{', no EMA' * (ema is not None)}", ema, {"chunk_size": size})
-        for ema in (None, NoEMA) for size in (32, 128)
-    ))  # fmt: skip
+    """How long should a chunk be?"""
+    models = {
+        f"chunks of {size}{', no average' * (ema is not None)}": {"chunk_size": size, "ema": ema}
+        for ema in (None, NoEMA)
+        for size in (32, 128, 512)
+    }
+    compare(options, models)
+
+
+def sliding(options):
+    """What if a query also sees the chunk before its own?
+
+    Gecko does so. Chunks of 64 that slide cost as many scores as chunks of 128 that do not.
+    """
+    models = {
+        "chunks of 64": {"chunk_size": 64},
+        "chunks of 128, MEGA": {},
+        "sliding chunks of 64": {"chunk_size": 64, "layer": SlidingLayer},
+        "chunks of 128, no average": {"ema": NoEMA},
+        "sliding, no average": {"chunk_size": 64, "layer": SlidingLayer, "ema": NoEMA},
+    }
+    compare(options, models)
 
 
 def attention(options):
     """Softmax, laplace or relu2?"""
-    compare(
-        options, *((name, None, {"attention": name}) for name in ("softmax", "laplace", "relu2"))
-    )
+    names = ("softmax", "laplace", "relu2")
+    compare(options, {name: {"attention": name} for name in names})
 
 
-ANSWERS = (memory, border, cache, damping, dims, chunks, attention)
+ANSWERS = (
+    memory,
+    border,
+    cache,
+    average,
+    damping,
+    dims,
+    complex_q,
+    chunks,
+    sliding,
+    attention,
+)
 EXPERIMENTS = {answer.__name__: answer for answer in ANSWERS}
 
 
 def check_names(what: str, names: list[str], known):
-    """UserError if one of the names is not known."""
+    """Raise a UserError if one of the names is not known."""
     for name in names:
         if name not in known:
             raise UserError(f"there is no {what} {name!r}; choose of {', '.join(known)}")
@@ -209,11 +287,13 @@ def main():
     parser = Parser(__doc__)
     parser.add_argument("names", nargs="*", help=f"{', '.join(EXPERIMENTS)}, or all")
     parser.add_argument("--model", default=SMALL, help="the checkpoint to look into")
-    parser.add_argument("--steps", type=int, default=300, help="of 2,048 tokens (default: 300)")
+    parser.add_argument("--steps", type=int, default=1000, help="of 2,048 bytes (default: 1000)")
+    parser.add_argument("--seeds", type=int, default=3, help="models of each kind (default: 3)")
     options = parser.parse_args()
     check_names("experiment", options.names, [*EXPERIMENTS, "all"])
-    if options.steps < 1:
-        raise UserError(f"--steps must be at least 1, got {options.steps}")
+    for name in ("steps", "seeds"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name} must be at least 1, got {getattr(options, name)}")
     if not options.names:
         for name, answer in EXPERIMENTS.items():
             print(f"{name:10} {answer.__doc__.splitlines()[0]}")

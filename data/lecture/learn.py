@@ -21,7 +21,7 @@ from tqdm import tqdm
 import train
 from data.common import keep_big_blocks, run
 from data.lecture.compare import check_file, load_file
-from mega import DampedEMA, MegaConfig, MegaForCausalLM, MegaOutput, cross_entropy
+from mega import MegaOutput, cross_entropy
 
 # ------------------------------------------------------------------------------------ other models
 
@@ -63,36 +63,6 @@ class Transformers(nn.Module):
         whole = (0, -ids.shape[1] % self.chunk)  # it knows whole chunks only
         logits = self.lm(F.pad(ids, whole), use_cache=False).logits
         return MegaOutput(loss=cross_entropy(logits.float(), F.pad(labels, whole, value=-100)))
-
-
-class NoEMA(nn.Module):
-    """What is left of the layer's smoothed input without the moving average: SiLU(omega x)."""
-
-    def __init__(self, config: MegaConfig):
-        super().__init__()
-        self.residual_weight = nn.Parameter(torch.randn(config.hidden_size))
-
-    def coefficients(self) -> tuple:
-        return ()
-
-    def forward(self, x: Tensor, mask=None, state=None, **_):
-        return F.silu(x * self.residual_weight), x.new_zeros(len(x), 0)
-
-
-class Undamped(DampedEMA):
-    """The classical EMA: delta is 1, so that q = 1 - p."""
-
-    def coefficients(self) -> tuple[Tensor, Tensor, Tensor]:
-        u, _, g = super().coefficients()
-        return u, 1 - self.damping_factor.sigmoid().squeeze(-1), g
-
-
-def new_model_with(ema: type[nn.Module], s, codec) -> MegaForCausalLM:
-    """train.py's new model with another class in the moving averages' place."""
-    model = train.new_model(s, codec)
-    for block in model.mega.layers:
-        block.mega_layer.ema_gate = ema(model.config)
-    return model
 
 
 # ---------------------------------------------------------------------------------------- learning
