@@ -2,24 +2,24 @@
 
 A layer smooths its input with a learned, damped exponential moving average (EMA). Queries and keys
 come from the smoothed input, values from the input itself. A single head attends within chunks of
-the sequence, and gates mix what it found into the input. Between chunks there is only the EMA.
+the sequence, and gates mix its output into the input. Only the EMA connects the chunks.
 
-Shapes are batch-first. The letters for sizes (not the paper's matrices of these names):
+Shapes are batch-first. Letters for sizes (not the paper's matrices of the same names):
 
     B  sequences in a batch                D  hidden_size, channels
-    L  positions of this call              V  intermediate_size, the width of values
-    C  chunk_size, positions of a chunk    Z  shared_representation_size, of queries and keys
-    K  chunks of a sequence                N  ema_projection_size, EMA states of a channel
-    T  queries in a chunk                  E  EMA channels: D, or 2D when bidirectional
+    L  positions in this call              V  intermediate_size, width of the values
+    C  chunk_size, positions per chunk     Z  shared_representation_size, width of queries and keys
+    K  chunks per sequence                 N  ema_projection_size, EMA states per channel
+    T  queries per chunk                   E  EMA channels: D, or 2D when bidirectional
     R  cached positions                    P  max_positions
-    S  positions of an encoder             M  EMA blocks of a sequence, of c positions each
+    S  encoder positions                   M  EMA blocks per sequence, of c positions each
 
-and for the numbers of an EMA state: u is what it takes of the input, q what it keeps in a step
-(between 0 and 1), g what it gives to the output.
+and the coefficients of an EMA state: u scales the input written to it, q is its decay per step
+(between 0 and 1), and g is its weight in the output.
 
-Parameters have Hugging Face's names, so that checkpoints fit. Two names are the reverse of the
-paper's: `damping_factor` is the logit of its alpha, here p, and `decay_factor` that of its damping
-delta.
+Parameters have Hugging Face's names, so that its checkpoints load. Two of the names mislead:
+`damping_factor` is the logit of the paper's alpha, here p, and `decay_factor` that of its damping
+factor delta.
 """
 
 import contextlib
@@ -93,17 +93,17 @@ class MegaConfig:
     eos_token_id: int | None = 2
     num_labels: int = 2
     id2label: dict | None = None  # names of the labels; None: LABEL_0, LABEL_1, ...
-    problem_type: str | None = None  # of sequence classification; None: see its class
+    problem_type: str | None = None  # for sequence classification; None: inferred from the labels
     tie_word_embeddings: bool = True
     use_cache: bool = True  # a decoder in eval mode returns its cache unless told otherwise
     final_norm: bool = False  # a norm without learned scale and shift after the last layer
     scale_embedding: bool = False  # embeddings times sqrt(D)
-    mean_pooling: bool = False  # a sequence's vector is its mean, not its first position
-    gradient_checkpointing: bool = False  # compute layers again in the backward pass: less memory
+    mean_pooling: bool = False  # pool a sequence by its mean, not its first position
+    gradient_checkpointing: bool = False  # recompute layers in the backward pass to save memory
     extra: dict = field(default_factory=dict, repr=False)  # a config.json's unknown keys
 
     def __setattr__(self, name, value):
-        """Set a setting; of a number of NumPy's or PyTorch's keep Python's, which JSON can hold."""
+        """Set a setting; turn a NumPy or PyTorch scalar into a Python one, which JSON can hold."""
         if getattr(value, "ndim", None) == 0:
             value = value.item()
         super().__setattr__(name, value)
@@ -114,26 +114,26 @@ class MegaConfig:
         self.check()
         if self.id2label is None:
             self.id2label = {i: f"LABEL_{i}" for i in range(self.num_labels)}
-        self.id2label = {int(i): name for i, name in self.id2label.items()}  # JSON has text keys
+        self.id2label = {int(i): name for i, name in self.id2label.items()}  # JSON keys are text
 
     def check(self):
         """Raise a ValueError about the first invalid setting or pair of settings."""
         for names, rule, valid in (
-            (COUNTS, "an integer from 1 on", lambda x: is_integer(x, 1)),
+            (COUNTS, "a positive integer", lambda x: is_integer(x, 1)),
             ("chunk_size", "an integer", lambda x: is_integer(x, -math.inf)),
             (f"{COUNTS} chunk_size", f"at most {LARGEST}", lambda x: x <= LARGEST),
             ("num_labels type_vocab_size", "at most 65536", lambda x: x <= 65536),
-            ("truncation", "None or an integer from 1 on", lambda x: x is None or is_integer(x, 1)),
-            (TOKEN_IDS, "None or an integer from 0 on", lambda x: x is None or is_integer(x, 0)),
+            ("truncation", "None or a positive integer", lambda x: x is None or is_integer(x, 1)),
+            (TOKEN_IDS, "None or an integer >= 0", lambda x: x is None or is_integer(x, 0)),
             (FLAGS, "True or False", lambda x: isinstance(x, bool)),
-            (PROBABILITIES, "from 0 to below 1", lambda x: is_number(x, below=1)),
+            (PROBABILITIES, "at least 0 and below 1", lambda x: is_number(x, below=1)),
             (
                 "classifier_dropout",
-                "None or from 0 to below 1",
+                "None, or at least 0 and below 1",
                 lambda x: x is None or is_number(x, 1),
             ),
-            (SPREADS, "from 0 to below a million", lambda x: is_number(x, below=1e6)),
-            ("id2label", "None or a dict of numbers and names", is_optional_names),
+            (SPREADS, "at least 0 and below a million", lambda x: is_number(x, below=1e6)),
+            ("id2label", "None or a dict from numbers to names", is_optional_names),
             ("extra", "a dict", lambda x: isinstance(x, dict)),
             ("normalization_type", *one_of(NORMS)),
             ("activation", *one_of(ACTIVATIONS)),
@@ -148,7 +148,7 @@ class MegaConfig:
 
         if self.use_chunking and self.chunk_size < 1:
             raise ValueError(
-                f"use_chunking=True needs a chunk_size from 1 on, got {self.chunk_size}"
+                f"use_chunking=True needs a positive chunk_size, got {self.chunk_size}"
             )
         if self.pad_token_id is not None and self.pad_token_id >= self.vocab_size:
             raise ValueError(  # the embedding has a row for it
@@ -160,7 +160,7 @@ class MegaConfig:
                 f"got {self.shared_representation_size}"
             )
         if self.is_decoder and self.bidirectional:
-            raise ValueError("is_decoder=True needs bidirectional=False, or it sees the future")
+            raise ValueError("is_decoder=True needs bidirectional=False: the EMA must be causal")
         if self.add_cross_attention and not self.is_decoder:
             raise ValueError("add_cross_attention=True needs is_decoder=True")
         if self.final_norm and not (self.normalize_before_mega and self.normalize_before_ffn):
@@ -169,13 +169,13 @@ class MegaConfig:
             )
         if self.gradient_checkpointing and "batchnorm" in self.normalization_type:
             raise ValueError(
-                f"gradient_checkpointing=True would feed {self.normalization_type}'s statistics "
+                f"gradient_checkpointing=True would update {self.normalization_type}'s statistics "
                 "twice; choose another normalization_type"
             )
         if self.id2label is not None and len(self.id2label) != self.num_labels:
             raise ValueError(
                 f"num_labels is {self.num_labels} and id2label has {len(self.id2label)} names; "
-                "give as many names, or id2label=None"
+                "give one name per label, or id2label=None"
             )
         if self.use_chunking:
             self.check_length("chunk_size", self.chunk_size)
@@ -190,7 +190,7 @@ class MegaConfig:
         if self.relative_positional_bias == "simple" and length > self.max_positions:
             raise ValueError(
                 f"{what} {length} is above max_positions {self.max_positions}, the simple bias's "
-                "limit; shorten, chunk, or use rotary"
+                "limit; shorten the input, use chunking or the rotary bias"
             )
 
     @classmethod
@@ -200,15 +200,15 @@ class MegaConfig:
         Keys that MegaConfig does not have are kept in `extra`.
         """
         if values.get("model_type", "mega") != "mega":
-            raise ValueError(f"the config is of a {values['model_type']!r} model, not of a mega")
+            raise ValueError(f"the config is of a {values['model_type']!r} model, not of a MEGA")
         names = {f.name for f in fields(cls)}
         known = {name: value for name, value in values.items() if name in names}
         known["extra"] = {name: value for name, value in values.items() if name not in names}
         labels = settings.get("id2label") or known.pop("id2label", None)
         if not isinstance(labels, dict):
-            known["id2label"] = labels  # None, or wrong
+            known["id2label"] = labels  # None, or invalid
         elif settings.get("num_labels", len(labels)) == len(labels):
-            known["id2label"] = labels  # another num_labels drops the file's names
+            known["id2label"] = labels  # a different num_labels discards the file's names
             known["num_labels"] = len(labels)
         return cls(**{**known, **settings})
 
@@ -225,7 +225,7 @@ COUNTS = """
     vocab_size hidden_size num_hidden_layers intermediate_size ema_projection_size
     shared_representation_size nffn_hidden_size max_positions type_vocab_size num_labels
 """
-LARGEST = 1 << 24  # beyond all use, and a product of two does not overflow
+LARGEST = 1 << 24  # beyond any real model, but the product of two does not overflow
 TOKEN_IDS = "pad_token_id bos_token_id eos_token_id"
 FLAGS = """
     bidirectional use_chunking normalize_before_mega norm_affine use_feature_dropout
@@ -252,7 +252,7 @@ def is_optional_names(x) -> bool:
 
 
 def one_of(choices):
-    """Return the rule "one of the choices", in words and as a test."""
+    """Return the rule "one of the choices", as text and as a predicate."""
     choices = list(choices)
     return f"one of {', '.join(map(str, choices))}", lambda x: x in choices
 
@@ -267,30 +267,30 @@ def check_shape(name: str, x: Tensor, *shape: int | str):
     ]
     if x.ndim != len(shape) or not all(fits):
         text = ", ".join(map(str, shape))
-        raise ValueError(f"{name} must be non-empty ({text}), got {tuple(x.shape)}")
+        raise ValueError(f"{name} must have non-empty shape ({text}), got {tuple(x.shape)}")
 
 
 def check_integers(name: str, x: Tensor, *shape: int | str) -> Tensor:
     """Return x as int64; raise a ValueError unless it has integers and this shape."""
     check_shape(name, x, *shape)
     if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
-        raise ValueError(f"{name} must be integers, got {x.dtype}")
+        raise ValueError(f"{name} must contain integers, got {x.dtype}")
     return x.long()
 
 
 def check_ids(name: str, ids: Tensor, limit: int, *shape: int | str, ignored=None) -> Tensor:
-    """Return ids as int64; ValueError if of another shape, below 0 or from limit on."""
+    """Return ids as int64; raise a ValueError for a wrong shape or ids outside 0 ... limit - 1."""
     ids = check_integers(name, ids, *shape)
     check_range(name, ids if ignored is None else ids.masked_fill(ids == ignored, 0), limit - 1)
     return ids
 
 
 def check_range(name: str, x: Tensor, most: int):
-    """Raise a ValueError unless all of x is from 0 to `most`."""
+    """Raise a ValueError unless all of x lies between 0 and `most`."""
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return  # reading values would wait for the GPU, and can't be traced
     low, high = x.aminmax()
-    if not (low >= 0 and high <= most):  # NaN is neither
+    if not (low >= 0 and high <= most):  # NaN fails both
         raise ValueError(f"{name} must be from 0 to {most}, got {high if low >= 0 else low}")
 
 
@@ -426,7 +426,7 @@ def average_blocks(x, inside, write, read, decay, state) -> tuple[Tensor, Tensor
 def scan(terms: Tensor, decay: Tensor) -> Tensor:
     """Compute h_m = decay h_{m-1} + terms_m for all m at once, from h_0 = terms_0 on.
 
-    terms (D, N, B, M), decay (D, N). An associative scan in log2(M) rounds: after them each h holds
+    terms (D, N, B, M), decay (D, N). An associative scan in log2(M) rounds, after which each h sums
     its last 2, 4, 8, ... terms. With r = decay, the first round turns a, b, c, d into
     a, ra + b, rb + c, rc + d; the second adds r^2 a to the third and r^2 (ra + b) to the fourth.
     """
@@ -443,15 +443,15 @@ def scan(terms: Tensor, decay: Tensor) -> Tensor:
 
 
 def needs_plain_autograd() -> bool:
-    """Say whether torch.compile or torch.func is at work, which can't use a backward by hand."""
+    """Return whether torch.compile or torch.func is active: they need autograd's own backward."""
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
-# Same numbers, less time. What follows, up to EMA_MODES, can be skipped at first reading.
+# The same results in less time. You can skip ahead to EMA_MODES on a first reading.
 
 
 class FastBlocks(torch.autograd.Function):
-    """`average_blocks` with the channel as the batch of its products, and a backward by hand.
+    """`average_blocks` as matrix products batched over channels, with a hand-written backward.
 
     Autograd would copy the gradients of permuted tensors: without this class a training step takes
     1.11 to 1.15 times as long in fp32, 1.25 times in bfloat16 (4 layers of 256 channels, 2 CPU
@@ -475,7 +475,7 @@ class FastBlocks(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy, dlast):
         *inputs, blocks, before = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph=True: autograd differentiates the plain form
+        if torch.is_grad_enabled():  # create_graph=True: differentiate the plain version
             return plain_gradients(inputs, ctx.needs_input_grad, (dy, dlast))
 
         x, inside, write, read, decay, _ = inputs
@@ -531,9 +531,9 @@ STATEFUL_MODES = ("recurrent", "blockwise")  # continue from a state; the others
 
 
 class DampedEMA(nn.Module):
-    """SiLU(EMA(x) + omega x) as in the paper's code; its equation 6 has EMA(x) alone.
+    """SiLU(EMA(x) + omega x) as in the paper's code; equation 6 of the paper omits omega x.
 
-    `mode` names one of EMA_MODES; None takes the fastest that fits.
+    `mode` names one of EMA_MODES; None picks the fastest that applies.
     """
 
     def __init__(self, config: MegaConfig, mode: str | None = None):
@@ -561,10 +561,10 @@ class DampedEMA(nn.Module):
         return p * beta, 1 - p * delta, gamma / math.sqrt(gamma.shape[-1])
 
     def forward(self, x: Tensor, mask=None, state=None, mode=None, needs_state=True):
-        """Compute SiLU(EMA(x) + omega x) of x (B, L, D); where mask (B, L) is 0 the EMA reads 0.
+        """Compute SiLU(EMA(x) + omega x) of x (B, L, D); the EMA reads 0 where mask (B, L) is 0.
 
-        `state` (B, D, N) is that before x. Returns y (B, L, D) and the last state, which is None if
-        the mode has none and in a bidirectional layer; without needs_state it may be None, too.
+        `state` (B, D, N) is the EMA's before x. Returns y (B, L, D) and the last state: None if the
+        layer is bidirectional or the mode stateless, and possibly None without needs_state.
         """
         D = self.config.hidden_size
         check_shape("x", x, "B", "L", D)
@@ -586,11 +586,11 @@ class DampedEMA(nn.Module):
             y = y[..., :D] + y[..., D:].flip(1)
             state = None
         y = torch.addcmul(y, x.to(wide), self.residual_weight.to(wide))  # y + omega x
-        return F.silu(y).to(x.dtype), state  # in fp16 a large y would be infinite before its SiLU
+        return F.silu(y).to(x.dtype), state  # in fp16 a large y would overflow before its SiLU
 
     def fastest_mode(self, length: int, needs_state: bool) -> str:
         """Return the mode that is fastest on CPUs: in training, direct takes less than a third of
-        the time of both others at 15 positions, and two thirds of blockwise's at 64; recurrent and
+        the others' time at 15 positions, and two thirds of blockwise's at 64; recurrent and
         blockwise are equally fast at 16.
         """
         if self.config.truncation is not None:
@@ -615,19 +615,19 @@ class DampedEMA(nn.Module):
 def normal(*shape: int, std: float) -> nn.Parameter:
     """Make a parameter from N(0, std^2)."""
     x = torch.empty(shape)
-    if not x.is_meta:  # where PyTorch would take a second to find nothing to do
+    if not x.is_meta:  # on which PyTorch would spend a second doing nothing
         x.normal_(std=std)
     return nn.Parameter(x)
 
 
 # ---------------------------------------------------------------------------------- 3 attention
-# A single head attends within chunks (sections 3.2 and 3.4). With chunk_size 4, 11 tokens are
+# A single head attends within chunks (sections 3.2 and 3.4). chunk_size 4 splits 11 tokens into
 #
 #     | 0  1  2  3 | 4  5  6  7 | 8  9 10  . |        . is padding, which no token sees
 #
-# In a decoder, token 6 sees 4, 5 and 6. What came before its chunk reaches it through the moving
-# average alone. So a cache holds the average's state and the keys and values of the open chunk:
-# after 11 tokens, those of 8, 9 and 10.
+# In a decoder, token 6 sees 4, 5 and 6. What came before its chunk reaches it only through the EMA.
+# So a cache holds the EMA's state and the keys and values of the unfinished chunk: after 11 tokens,
+# those of 8, 9 and 10.
 
 
 def split_into_chunks(x: Tensor, size: int) -> Tensor:
@@ -650,8 +650,8 @@ def relu2(x: Tensor) -> Tensor:
     return F.relu(x).square()
 
 
-# From scores (..., queries, keys) to weights. Softmax looks at all scores of a query, the others
-# look at each score alone.
+# From scores (..., queries, keys) to weights. Softmax normalises over the scores of a query, the
+# others act on each score alone.
 ATTENTION_FUNCTIONS = {
     "softmax": functools.partial(torch.softmax, dim=-1),
     "laplace": laplace,
@@ -663,8 +663,8 @@ def attention_weights(query, key, bias, visible, kind: str) -> Tensor:
     """Compute f(query key^T / tau + bias) of equation 11, with zeros where a key is not visible.
 
     tau is sqrt(Z) for softmax, and for the others the number of keys that a query sees. query
-    (..., T, Z), key (..., C, Z), bias (T, C) -> (..., T, C); visible (..., T, C) are booleans, or
-    None: all keys are visible.
+    (..., T, Z), key (..., C, Z), bias (T, C) -> (..., T, C); visible (..., T, C) is boolean, or
+    None if all keys are visible.
     """
     if kind == "softmax":
         tau = math.sqrt(query.shape[-1])
@@ -678,13 +678,13 @@ def attention_weights(query, key, bias, visible, kind: str) -> Tensor:
         return ATTENTION_FUNCTIONS[kind](scores)
     lowest = torch.finfo(scores.dtype).min  # not -inf: a softmax of nothing but -inf is NaN
     weights = ATTENTION_FUNCTIONS[kind](torch.where(visible, scores, lowest))
-    if visible.dim() > 2:  # with padding, a query may see no key: softmax gave each the same weight
+    if visible.dim() > 2:  # with padding, a query may see no key: softmax weights all equally
         weights = weights * visible
     return weights
 
 
 class SimpleBias(nn.Module):
-    """One learned weight for each distance from query to key (T5's without its buckets)."""
+    """A learned bias for each distance from query to key (T5's without the buckets)."""
 
     def __init__(self, config: MegaConfig):
         super().__init__()
@@ -694,17 +694,17 @@ class SimpleBias(nn.Module):
     def forward(self, size: int) -> Tensor:
         """Return the bias at the distances 1 - size ... size - 1 of a key from its query."""
         distance = torch.arange(1 - size, size, device=self.rel_pos_bias.device)
-        # What is beyond one end of the table wraps around to the other; up to P nothing meets.
+        # Indices beyond one end of the table wrap around to the other; up to size P none collide.
         return self.rel_pos_bias[(centre(self.config) + distance) % len(self.rel_pos_bias)]
 
 
 def centre(config: MegaConfig) -> int:
-    """Return where distance 0 stands in a SimpleBias's table, as in Hugging Face's checkpoints."""
+    """Return the index of distance 0 in a SimpleBias's table, as in Hugging Face's checkpoints."""
     return (config.chunk_size if config.chunk_size > 0 else config.max_positions) - 1
 
 
 class RotaryBias(nn.Module):
-    """bias[i, j] = (rot_i alpha) . (rot_j b), where rot_i rotates pairs of numbers by i theta_m.
+    """bias[i, j] = (rot_i alpha) . (rot_j b), where rot_i rotates the m-th pair by i theta_m.
 
     It depends only on d = j - i: with theta_m = 10000^(-m / half) it is the sum over the pairs m of
     cos(d theta_m) (a1 b1 + a2 b2) + sin(d theta_m) (a2 b1 - a1 b2). This is not RoPE, which rotates
@@ -745,12 +745,12 @@ def bias_matrix(by_distance: Tensor, first: int, stop: int, keys: int) -> Tensor
 
 
 # ---------------------------------------------------------------------------- 4 layer and block
-# Mega's layer (section 3.2, figure 2b): average, attention, reset gate and update gate. A block is
-# the layer, in some decoders a cross-attention, and a feed-forward network (section 3.3).
+# Mega's layer (section 3.2, figure 2b): EMA, attention, reset gate and update gate. A block is the
+# layer, a cross-attention in some decoders, and a feed-forward network (section 3.3).
 
 
 class ScaleNorm(nn.Module):
-    """x / rms(x) times one learned number (Nguyen & Salazar 2019)."""
+    """x / rms(x) times one learned scalar (Nguyen & Salazar 2019)."""
 
     def __init__(self, size: int, eps: float, affine: bool):
         super().__init__()
@@ -764,7 +764,7 @@ class ScaleNorm(nn.Module):
 NORMS = {  # over the features of each position; batchnorm: each feature over all positions
     "layernorm": nn.LayerNorm,
     "scalenorm": ScaleNorm,
-    "rmsnorm": nn.RMSNorm,  # transformers 4.40.2 returns its input: its models differ here
+    "rmsnorm": nn.RMSNorm,  # a no-op in transformers 4.40.2, whose outputs differ
     "batchnorm": lambda size, eps, affine: nn.BatchNorm1d(size, eps, affine=affine),
     "syncbatchnorm": lambda size, eps, affine: nn.SyncBatchNorm(size, eps, affine=affine),
 }
@@ -838,23 +838,23 @@ def linear(config: MegaConfig, inputs: int, outputs: int) -> nn.Linear:
 
 
 def mix(residual: Tensor, update: Tensor, candidate: Tensor) -> Tensor:
-    """Replace a part of the residual by the candidate (13, 15): gate H + (1 - gate) X."""
+    """Blend the candidate into the residual (13, 15): gate H + (1 - gate) X."""
     gate = torch.sigmoid(update)
     return residual + gate * (candidate - residual)
 
 
 class LayerCache(NamedTuple):
-    """What one block remembers of the positions before; with chunks its size is bounded."""
+    """What one block remembers of earlier positions; with chunking, its size is bounded."""
 
     ema_state: Tensor  # (B, D, N)
-    keys: Tensor  # (B, R, Z), of the open chunk; of all positions without chunks
+    keys: Tensor  # (B, R, Z), of the unfinished chunk; without chunking, of all positions
     values: Tensor  # (B, R, V)
     source_keys: Tensor | None = None  # (B, S, Z), of the encoder, for cross-attention
     source_values: Tensor | None = None  # (B, S, D)
 
 
 class MovingAverageGatedAttention(nn.Module):
-    """Mega's layer: moving average, attention in chunks, reset and update gate (figure 2b)."""
+    """Mega's layer: EMA, attention within chunks, reset and update gates (figure 2b)."""
 
     def __init__(self, config: MegaConfig):
         super().__init__()
@@ -876,17 +876,17 @@ class MovingAverageGatedAttention(nn.Module):
         self.weight_dropout = nn.Dropout(config.attention_probs_dropout_prob)
 
     def forward(self, x: Tensor, mask=None, cache: LayerCache | None = None, use_cache=False):
-        """Apply the layer to x (B, L, D), after the R positions of the cache.
+        """Apply the layer to x (B, L, D), which follows the R cached positions.
 
         mask (B, R + L) is False at padding. Returns y (B, L, D), the next cache or None, and the
         attention weights (B, K, T, C). With one chunk T is L; with several it is C, and the rows of
-        cached positions and of the last chunk's padding mean nothing.
+        cached positions and of the last chunk's padding are meaningless.
         """
         D = self.config.hidden_size
         V = self.config.intermediate_size
         Z = self.config.shared_representation_size
         past = 0 if cache is None else cache.keys.shape[1]
-        residual = x  # the X of (15); all other equations see it normed
+        residual = x  # the X of (15); all other equations take it normalized
         if self.config.normalize_before_mega:
             x = self.norm(x)
         values = self.value_dropout(self.activation(self.v_proj(x)))  # (10): (B, L, V)
@@ -930,11 +930,11 @@ class MovingAverageGatedAttention(nn.Module):
         if chunk is None or total <= chunk:  # one chunk, in which the queries are the last ones
             chunk = total
             first = past
-        else:  # dummy queries for the cached positions, so that queries and keys are cut alike
+        else:  # dummy queries for the cached positions, so that queries and keys split alike
             first = 0
             queries = F.pad(queries, (0, 0, past, 0))
         if mask is None and total % chunk and not self.config.is_decoder:
-            # Hide what fills up the last chunk. In a decoder it comes after all queries.
+            # Mask the padding of the last chunk; in a decoder the causal mask hides it.
             mask = keys.new_ones(keys.shape[:2], dtype=torch.bool)
         if mask is not None:
             mask = split_into_chunks(mask, chunk)  # (B K, C)
@@ -953,8 +953,8 @@ class MovingAverageGatedAttention(nn.Module):
         return outputs[:, start : start + length], weights
 
     def visible(self, queries: Tensor, first: int, mask: Tensor | None) -> Tensor | None:
-        """Say which keys of its chunk each query (B K, T, Z) may see, if the queries stand at the
-        positions from `first` on and mask (B K, C) is False at padding; None: all of them.
+        """Return which keys of its chunk each query (B K, T, Z) may see; None: all of them. The
+        queries start at position `first` of the chunk, and mask (B K, C) is False at padding.
         """
         visible = None if mask is None else mask.unsqueeze(1)  # (B K, 1, C)
         count = queries.shape[1]
@@ -965,11 +965,11 @@ class MovingAverageGatedAttention(nn.Module):
         return visible
 
     def next_cache(self, ema_state, keys, values) -> LayerCache:
-        """Keep what later positions can see: the open chunk, or all without chunks."""
+        """Keep what later positions can see: the unfinished chunk or, without chunking, all."""
         if ema_state is None:
             raise ValueError(
-                "this EMA has no state to cache: it is bidirectional, truncated, or of mode "
-                f"{self.ema_gate.mode!r}; use_cache=False works"
+                "this EMA has no state to cache: it is bidirectional, truncated, or in mode "
+                f"{self.ema_gate.mode!r}; set use_cache=False"
             )
         length = keys.shape[1]
         chunk = self.config.attention_limit
@@ -981,7 +981,7 @@ class MovingAverageGatedAttention(nn.Module):
 
 
 class GatedCrossAttention(nn.Module):
-    """Attention of a decoder to an encoder's states, gated like the layer (the paper's code)."""
+    """Gated attention of a decoder to an encoder's states, as in the paper's code."""
 
     def __init__(self, config: MegaConfig):
         super().__init__()
@@ -1004,7 +1004,7 @@ class GatedCrossAttention(nn.Module):
         return self.k_proj(source), self.activation(self.v_proj(source))
 
     def forward(self, x: Tensor, keys: Tensor, values: Tensor, mask=None, start: int = 0):
-        """Attend from x (B, L, D), at the positions from `start` on, to the encoder's positions.
+        """Attend from x (B, L, D), which begins at position `start`, to the encoder's positions.
 
         mask (B, S) is False at padding. Returns y (B, L, D) and the attention weights (B, L, S).
         """
@@ -1088,27 +1088,27 @@ class MegaBlock(nn.Module):
 
 
 # -------------------------------------------------------------------------- 5 model and cache
-# Embeddings, blocks, and the cache with which a decoder continues where it stopped. The cache is an
-# argument and a result, and what an old one holds never changes: you can continue from it twice.
+# Embeddings, blocks, and the cache with which a decoder continues where it stopped. A cache is
+# passed in and a new one returned; the old one never changes, so you can continue from it twice.
 
 
 class MegaCache(NamedTuple):
-    """A decoder's memory of `length` positions; made with gradients on, it keeps their graph."""
+    """A decoder's memory of `length` positions; outside no_grad it keeps the autograd graph."""
 
     layers: list[LayerCache]
     length: int
     mask: Tensor | None = None  # (B, R), False at padding; None: no padding
-    started: Tensor | None = None  # (B), with a mask: has it had a token yet?
-    ended: Tensor | None = None  # (B), with a mask: does it end in padding after a token?
+    started: Tensor | None = None  # (B), with a mask: has the sequence had a token yet?
+    ended: Tensor | None = None  # (B), with a mask: does the sequence end in padding after a token?
     source_mask: Tensor | None = None  # (B, S), False at padding of the encoder's states
 
 
 class MegaOutput(NamedTuple):
-    """What a model returns; None stands for what was not asked for."""
+    """What a model returns; what was not requested is None."""
 
     loss: Tensor | None = None
-    logits: Tensor | None = None  # the head says which
-    start_logits: Tensor | None = None  # (B, L), of question answering
+    logits: Tensor | None = None  # the shape depends on the head
+    start_logits: Tensor | None = None  # (B, L), for question answering
     end_logits: Tensor | None = None
     last_hidden_state: Tensor | None = None  # (B, L, D)
     pooler_output: Tensor | None = None  # (B, D)
@@ -1119,7 +1119,7 @@ class MegaOutput(NamedTuple):
 
 
 class MegaBase(nn.Module):
-    """What the bare model and the heads on it share: a checked config, files, and resizing."""
+    """What the bare model and the heads share: a checked config, loading, saving, resizing."""
 
     def __init__(self, config: MegaConfig):
         super().__init__()
@@ -1127,7 +1127,7 @@ class MegaBase(nn.Module):
         self.config = config
 
     def save_pretrained(self, folder: str | Path):
-        """Write config.json and model.safetensors, which Hugging Face's library reads, too."""
+        """Write config.json and model.safetensors, which transformers reads, too."""
         write_checkpoint(self, Path(folder))
 
     @classmethod
@@ -1135,8 +1135,8 @@ class MegaBase(nn.Module):
                         ignore_mismatched_sizes: bool = False, **settings):  # fmt: skip
         """Load a model, in eval mode, from a folder or from `owner/name` on Hugging Face's hub.
 
-        `settings` change the config. Raises OSError if a file can't be had, ValueError if it can't
-        be read or does not fit; warns of weights that the files lack or that are not used.
+        `settings` override the config. Raises OSError if a file can't be obtained, ValueError if it
+        can't be read or does not fit; warns of weights that are missing or unused.
         """
         values, weights = read_checkpoint(source, revision)
         config = MegaConfig.from_dict(values, **settings)
@@ -1150,8 +1150,8 @@ class MegaBase(nn.Module):
         resize(self, size)
 
     def set_chunk_size(self, size: int):
-        """Let attention see chunks of `size` positions, also of more than in training, with which
-        the paper's models predict better (appendix D.4, figure 6). ValueError for a bad size.
+        """Let attention see chunks of `size` positions. Larger chunks than in training improve the
+        paper's models (appendix D.4, figure 6). Raises a ValueError for a bad size.
         """
         config = replace(self.config, use_chunking=True, chunk_size=size)
         shift = centre(config) - centre(self.config)
@@ -1191,12 +1191,12 @@ class MegaModel(MegaBase):
     ) -> MegaOutput:
         """Compute last_hidden_state (B, L, D) of input_ids (B, L) or inputs_embeds (B, L, D).
 
-        Masks (B, L) and (B, S) are 0 at padding. Padding counts as positions: in front of tokens it
-        moves the chunks' borders, between tokens the EMA decays over it. Token types (B, L), 0
-        unless given, are read where the config has them; cross-attention needs
-        encoder_hidden_states (B, S, D). With a cache the input continues where it ends, and
-        encoder_hidden_states are ignored; the mask may be that of the input or of all positions
-        since the start. `use_cache` asks for the next cache; a decoder in eval mode makes one.
+        Masks (B, L) and (B, S) are 0 at padding. Padding takes up positions: before tokens it
+        shifts the chunk boundaries, between tokens the EMA decays over it. Token types (B, L), 0 by
+        default, are used if the config enables them; cross-attention needs encoder_hidden_states
+        (B, S, D). With a cache, the input continues where it ends, and encoder_hidden_states are
+        ignored; the mask may cover the input or all positions since the start. `use_cache` requests
+        the next cache; by default a decoder in eval mode returns one.
         """
         use_cache = self.wants_cache(cache, use_cache)
         x = self.embed(input_ids, inputs_embeds, token_type_ids)
@@ -1246,8 +1246,8 @@ class MegaModel(MegaBase):
         return out
 
     def pool(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """Return one vector of each sequence of x (B, L, D), (B, D): its first visible position or,
-        with mean_pooling, the mean of those where mask (B, L) is not 0.
+        """Pool x (B, L, D) to one vector per sequence, (B, D): that of its first visible position
+        or, with mean_pooling, the mean over positions where mask (B, L) is not 0.
         """
         if mask is None:
             mask = x.new_ones(x.shape[:2])
@@ -1260,7 +1260,7 @@ class MegaModel(MegaBase):
         return (wide * shares.unsqueeze(-1)).sum(dim=1).to(x.dtype)
 
     def embed(self, input_ids, inputs_embeds, token_type_ids) -> Tensor:
-        """Return what the first layer sees, (B, L, D)."""
+        """Return the first layer's input, (B, L, D)."""
         config = self.config
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids or inputs_embeds")
@@ -1294,7 +1294,7 @@ class MegaModel(MegaBase):
     def check_source(self, x: Tensor, source: Tensor | None, mask: Tensor | None):
         """Raise a ValueError unless the encoder's states and their mask fit the model."""
         if self.config.add_cross_attention != (source is not None):
-            raise ValueError("add_cross_attention=True and encoder_hidden_states need each other")
+            raise ValueError("use encoder_hidden_states if and only if add_cross_attention=True")
         if source is not None:
             check_shape("encoder_hidden_states", source, len(x), "S", x.shape[2])
             if mask is not None:
@@ -1309,9 +1309,9 @@ def embedding(config: MegaConfig, size: int, padding: int | None = None) -> nn.E
 
 
 def visible_positions(x: Tensor, mask: Tensor | None, cache: MegaCache | None) -> Tensor | None:
-    """Join what is cached and the mask of x (B, L, D) to booleans (B, R + L); None: no padding.
+    """Join the cached mask and that of x (B, L, D) as booleans (B, R + L); None: no padding.
 
-    The mask is that of x, (B, L), or of all positions since the start, (B, length + L).
+    `mask` covers x, (B, L), or all positions since the start, (B, length + L).
     """
     batch, length, _ = x.shape
     if cache is None:
@@ -1323,7 +1323,7 @@ def visible_positions(x: Tensor, mask: Tensor | None, cache: MegaCache | None) -
     cached_batch, cached = cache.layers[0].keys.shape[:2]
     if cached_batch != batch:
         raise ValueError(
-            f"the cache has {cached_batch} sequences and the input {batch}; give as many"
+            f"the cache has {cached_batch} sequences and the input {batch}; they must match"
         )
     if cache.ended is not None and not torch.compiler.is_compiling() and cache.ended.any():
         raise ValueError(
@@ -1344,7 +1344,7 @@ def visible_positions(x: Tensor, mask: Tensor | None, cache: MegaCache | None) -
 
 
 def join_caches(layers: list[LayerCache], length: int, mask, old: MegaCache | None) -> MegaCache:
-    """Make the cache of `length` positions; mask (B, R + L) is the call's, `old` its cache."""
+    """Make the cache of `length` positions from a call's mask (B, R + L) and its `old` cache."""
     cache = MegaCache(layers, length)
     if mask is None:
         return cache
@@ -1362,15 +1362,15 @@ def join_caches(layers: list[LayerCache], length: int, mask, old: MegaCache | No
 
 
 # -------------------------------------------------------------------------------------- 6 heads
-# A head is a model, its own layers, and a loss. All take the arguments of MegaModel.forward, and
-# `labels`; in labels, -100 stands for none.
+# A head wraps a MegaModel with layers of its own and a loss. All take the arguments of
+# MegaModel.forward, and `labels`; labels of -100 are ignored.
 
-MANY_LABELS = 512  # with more than these a training step makes no logits of all positions
-SLICE = 512  # positions whose logits exist at once then
+MANY_LABELS = 512  # with more, a training step never holds the logits of all positions
+SLICE = 512  # but those of this many positions at a time
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Average over labels (...) the cross-entropy of logits (..., classes), in nats and fp32."""
+    """Return the mean cross-entropy of logits (..., classes) and labels (...), in nats and fp32."""
     labels = check_ids("labels", labels, logits.shape[-1], *logits.shape[:-1], ignored=-100)
     return F.cross_entropy(at_least_fp32(logits).flatten(0, -2), labels.flatten())
 
@@ -1417,8 +1417,8 @@ class MegaForTokenClassification(MegaBase):
 class MegaForSequenceClassification(MegaBase):
     """Scores for each sequence: logits (B, num_labels).
 
-    Labels are classes (B), numbers (B) with num_labels=1, or flags (B, num_labels), floats or
-    booleans. config.problem_type says which; None: their dtype and num_labels do.
+    Labels are classes (B), real numbers (B) with num_labels=1, or flags (B, num_labels) as floats
+    or booleans. config.problem_type says which; if None, num_labels and their dtype decide.
     """
 
     def __init__(self, config: MegaConfig):
@@ -1493,7 +1493,7 @@ class MegaForQuestionAnswering(MegaBase):
         self.qa_outputs = linear(config, config.hidden_size, 2)
 
     def forward(self, *args, start_positions=None, end_positions=None, **inputs) -> MegaOutput:
-        """Score; with start_positions and end_positions (B) also return their mean loss."""
+        """Return scores and, given start_positions and end_positions (B), their mean loss."""
         out = self.mega(*args, **inputs)
         logits = self.qa_outputs(out.last_hidden_state)  # (B, L, 2)
         starts, ends = logits.unbind(dim=-1)
@@ -1519,15 +1519,15 @@ def classifier_dropout(config: MegaConfig) -> float:
 
 
 def check_padding(mask: Tensor | None, chunk: int | None):
-    """Raise a ValueError if padding in front of tokens moves them against the chunks' borders."""
+    """Raise a ValueError if left padding shifts tokens relative to the chunk boundaries."""
     if mask is None or chunk is None or mask.is_meta or torch.compiler.is_compiling():
         return
     in_front = ((mask != 0).cumsum(dim=1) == 0).sum(dim=1)  # (B)
     moved = (in_front % chunk != 0) & (in_front < mask.shape[1])
     if moved.any():
         raise ValueError(
-            f"padding of {in_front.tolist()} positions in front shifts tokens against chunks of "
-            f"{chunk}; put it behind the tokens, pad by whole chunks, or give one sequence a call"
+            f"left padding of {in_front.tolist()} positions shifts tokens relative to chunks of "
+            f"{chunk}; pad on the right, pad by whole chunks, or pass one sequence per call"
         )
 
 
@@ -1535,7 +1535,7 @@ class LanguageModel(MegaBase):
     """What the two language models share: an optional dense layer, and the loss."""
 
     def features(self, hidden: Tensor) -> Tensor:
-        """Return what the output layer sees, of hidden states (..., D)."""
+        """Return the output layer's input for hidden states (..., D)."""
         return hidden if self.dense is None else torch.tanh(self.dense(hidden))
 
     def score(self, out: MegaOutput, output: nn.Module, labels, output_logits) -> MegaOutput:
@@ -1554,7 +1554,7 @@ class LanguageModel(MegaBase):
 
 
 def is_plain_linear(layer: nn.Module) -> bool:
-    """Say whether nothing changes what nn.Linear does: no subclass, adapter, hook or pruning."""
+    """Return whether this is an unmodified nn.Linear: no subclass, adapter, hook or pruning."""
     return (
         type(layer) is nn.Linear
         and type(layer.weight) is nn.Parameter
@@ -1568,7 +1568,7 @@ def is_plain_linear(layer: nn.Module) -> bool:
 
 
 def can_slice(features: Tensor, layer: nn.Module) -> bool:
-    """Say whether F.linear_cross_entropy computes what calling the layer would."""
+    """Return whether F.linear_cross_entropy computes what calling the layer would."""
     if not hasattr(F, "linear_cross_entropy") or needs_plain_autograd():
         return False  # the function is new in torch 2.13
     if autocast_is_on(features) or features.dtype.itemsize < 4:
@@ -1577,8 +1577,8 @@ def can_slice(features: Tensor, layer: nn.Module) -> bool:
 
 
 def sliced_cross_entropy(features: Tensor, layer: nn.Linear, labels: Tensor) -> Tensor:
-    """Compute the cross-entropy of layer(features) without the logits of all positions at once,
-    which would be a step's largest tensor. Its derivative can't be differentiated again.
+    """Compute the cross-entropy of layer(features) slice by slice: the logits of all positions
+    would be a training step's largest tensor. It can't be differentiated twice.
     """
     if torch.autograd.forward_ad.unpack_dual(features).tangent is not None:
         raise RuntimeError(NO_SECOND_DERIVATIVE)
@@ -1595,8 +1595,8 @@ def sliced_cross_entropy(features: Tensor, layer: nn.Linear, labels: Tensor) -> 
 
 
 NO_SECOND_DERIVATIVE = (
-    "the loss without logits has a first derivative in reverse mode only; call the model with "
-    "output_logits=True for others"
+    "the loss without logits supports first derivatives in reverse mode only; for others, call the "
+    "model with output_logits=True"
 )
 
 
@@ -1606,7 +1606,7 @@ def refuse_second_derivative(gradient: Tensor):
 
 
 class MegaForMaskedLM(LanguageModel):
-    """Names the tokens behind masks; labels are -100 where there is none to name."""
+    """Predicts masked tokens; labels are -100 where there is nothing to predict."""
 
     def __init__(self, config: MegaConfig):
         warn_of_direction(config, False, "MegaForMaskedLM")
@@ -1620,8 +1620,8 @@ class MegaForMaskedLM(LanguageModel):
 
     def forward(self, input_ids=None, attention_mask=None, *, labels=None, output_logits=None,
                 **inputs) -> MegaOutput:  # fmt: skip
-        """Score the vocabulary at each position. output_logits=None leaves the logits out in
-        training steps of many labels.
+        """Score the vocabulary at each position. output_logits=None omits the logits in training
+        steps with many labels.
         """
         out = self.mega(input_ids, attention_mask, **inputs)
         return self.score(out, self.mlm_head, labels, output_logits)
@@ -1643,8 +1643,8 @@ class MegaForCausalLM(LanguageModel):
     def forward(self, input_ids=None, attention_mask=None, *, labels=None, shift_labels=True,
                 output_logits=None, **inputs) -> MegaOutput:  # fmt: skip
         """Score the vocabulary at each position. labels[t] is the token at t or, with
-        shift_labels=False, the one after it. output_logits=None leaves the logits out in training
-        steps of many labels.
+        shift_labels=False, the one after it. output_logits=None omits the logits in training steps
+        with many labels.
         """
         out = self.mega(input_ids, attention_mask, **inputs)
         if labels is not None and shift_labels:
@@ -1661,14 +1661,15 @@ class MegaForCausalLM(LanguageModel):
                  process=None, token_type_ids=None, cache=None, **inputs) -> Tensor:  # fmt: skip
         """Continue input_ids (B, L); return (B, L + new), new <= max_new_tokens.
 
-        Temperature 0 takes the likeliest token; top_k and top_p limit the draw to the likeliest.
+        Temperature 0 takes the likeliest token; top_k and top_p restrict sampling to the likeliest.
         After eos_token_id, one id or several, a sequence is filled with padding, or with eos if
-        there is no padding; the call ends when all sequences have. Padding in front (attention_mask
-        0) changes nothing. `cache` is that of the positions before input_ids. New tokens have the
-        last token type; other inputs are MegaModel's.
+        there is no padding token; generation stops when all have ended. Left padding
+        (attention_mask 0) changes nothing. `cache` holds the positions before input_ids. New tokens
+        take the last token's type; other inputs are passed to MegaModel.
 
-        `process(ids, logits)`, such as a logits processor of Hugging Face's, returns the logits to
-        draw from. `stream` is called with each new token (B,), and ends the call by returning True.
+        `process(ids, logits)`, such as a Hugging Face logits processor, returns the logits to
+        sample from. `stream` is called with each new token (B,); if it returns True, generation
+        stops.
         """
         check_options(max_new_tokens, temperature, top_k, top_p)
         ids = check_ids("input_ids", input_ids, self.config.vocab_size, "B", "L")
@@ -1710,7 +1711,7 @@ class MegaForCausalLM(LanguageModel):
                 new_ids = token.unsqueeze(1)
                 ids = torch.cat([ids, new_ids], dim=1)
                 if stream is not None:
-                    with torch.inference_mode(False):  # its tokens may be trained on
+                    with torch.inference_mode(False):  # so that autograd can use the token
                         if stream(token.clone()) is True:
                             break
                 if token_type_ids is not None:
@@ -1722,26 +1723,26 @@ class MegaForCausalLM(LanguageModel):
         config = self.config
         longest = past + input_ids.shape[1] + max(new - 1, 0)  # the last token is not read
         if not config.use_chunking or config.add_cross_attention:
-            config.check_length("prompt and new tokens but the last:", longest)
+            config.check_length("length of the prompt and all but the last new token", longest)
         if mask is None:
             return
         visible = mask != 0
         ends_early = visible[:, :-1] & ~visible[:, 1:]  # a token followed by padding
         if not visible[:, -1].all() or (past == 0 and ends_early.any()):
-            raise ValueError("generate needs the padding in front of each sequence's tokens")
+            raise ValueError("generate needs left padding: put it before each sequence's tokens")
         if past > 0:
             return  # the model checks the rest
         check_shape("attention_mask", visible, *input_ids.shape)
         if config.add_cross_attention and not visible.all():
             raise ValueError(
-                "padding in front moves tokens against the encoder's positions; give sequences of "
-                "one length, or one at a time"
+                "left padding shifts tokens relative to the encoder's positions; pass sequences of "
+                "equal length, or one at a time"
             )
         check_padding(visible, config.attention_limit)
 
 
 class BlockState(NamedTuple):
-    """What a step of a block needs. It writes to the last three, so that a state is used once."""
+    """What a block needs for a step, which overwrites the last three: use each state once."""
 
     u: Tensor  # (D, N), the EMA's
     q: Tensor
@@ -1759,7 +1760,7 @@ class BlockState(NamedTuple):
     fc1: Callable
     fc2: Callable
     ema_state: Tensor  # (B, D, N)
-    keys: Tensor  # (B, room, Z), of which later positions will take the rest
+    keys: Tensor  # (B, room, Z), with zeros where later positions will go
     values: Tensor  # (B, room, V)
 
 
@@ -1771,8 +1772,8 @@ class DecodingState(NamedTuple):
 
 
 def can_decode(model: MegaModel, cache: MegaCache, inputs: dict) -> bool:
-    """Say whether `decode_step` does what calling the model would: no padding, no encoder, and
-    no other module, hook or function in the place of one of this file.
+    """Return whether `decode_step` does what calling the model would: no padding, no encoder, and
+    no module of this file hooked, replaced or overridden.
     """
     config = model.config
     if config.add_cross_attention or config.add_token_type_embeddings or len(inputs) > 1:
@@ -1799,7 +1800,7 @@ def is_plain_block(block: nn.Module) -> bool:
 
 
 def start_decoding(model: MegaModel, cache: MegaCache) -> DecodingState:
-    """Copy a cache, and compute what each step would compute from the weights alone."""
+    """Copy a cache, and precompute what depends on the weights alone."""
     batch = len(cache.layers[0].keys)
     room = model.config.attention_limit or 2 * cache.length
     blocks = []
@@ -1812,7 +1813,7 @@ def start_decoding(model: MegaModel, cache: MegaCache) -> DecodingState:
             qk_bias=layer.qk_bias,
             bias=layer.rel_pos_bias(room),
             parts=count_parts(batch, old.values),
-            norm=layer.norm.norm.forward,  # without hooks, which `can_decode` has looked for
+            norm=layer.norm.norm.forward,  # skips hooks: `can_decode` found none
             ffn_norm=block.nffn.norm.norm.forward,
             v_proj=quick_linear(layer.v_proj, batch),
             mx_proj=quick_linear(layer.mx_proj, batch),
@@ -1835,7 +1836,7 @@ def extended(x: Tensor, room: int) -> Tensor:
 def decode_step(model: MegaModel, state: DecodingState, token: Tensor):
     """Read one token of each sequence, (B); return hidden states (B, D) and the next state.
 
-    It computes what MegaModel.forward computes with L = 1, without all that only other inputs need.
+    It is MegaModel.forward for L = 1, without the parts that only other inputs need.
     """
     config = model.config
     x = model.embedding_layer["word_embeddings"].weight[token]  # (B, D)
@@ -1865,7 +1866,7 @@ def with_more_room(block: MegaBlock, state: BlockState) -> BlockState:
 
 
 def step_layer(layer: MovingAverageGatedAttention, state: BlockState, x: Tensor, place: int):
-    """Apply the layer to x (B, D), at `place` of its chunk; the equations of its forward."""
+    """Apply the equations of the layer's forward to x (B, D) at position `place` of a chunk."""
     config = layer.config
     D = config.hidden_size
     V = config.intermediate_size
@@ -1905,7 +1906,7 @@ def step_ffn(ffn: NormalizedFeedForward, state: BlockState, x: Tensor) -> Tensor
 
 
 def quick_linear(layer: nn.Module, batch: int) -> Callable:
-    """Return the layer, or a function that does the same to a single vector, x (1, n), faster."""
+    """Return the layer, or a faster function that does the same for a single vector x (1, n)."""
     if not is_plain_linear(layer):
         return layer
     weight = layer.weight
@@ -1930,9 +1931,9 @@ def vector_product(x: Tensor, matrix: Tensor, parts: int) -> Tensor:
 
 
 def count_parts(batch: int, matrix: Tensor) -> int:
-    """Return into how many parts to cut a matrix, so that all threads multiply a vector with it.
+    """Return how many parts to split a matrix into, so that all threads share its vector products.
 
-    On CPUs one thread alone would do it, and decoding would take 1.3 times as long (2 threads).
+    On CPUs a single thread would do them, and decoding would take 1.3 times as long (2 threads).
     """
     if batch > 1 or matrix.device.type != "cpu" or matrix.dtype != torch.float32:
         return 1
@@ -1942,26 +1943,26 @@ def count_parts(batch: int, matrix: Tensor) -> int:
 def warn_of_direction(config: MegaConfig, causal: bool, name: str):
     if config.is_decoder != causal:
         warnings.warn(
-            f"{name} expects is_decoder={causal}, got {config.is_decoder}: it says whether a token "
-            "sees only those before it",
+            f"{name} expects is_decoder={causal}, got {config.is_decoder}; it decides whether a "
+            "token sees only earlier ones",
             stacklevel=3,
         )
 
 
 def check_options(max_new_tokens, temperature, top_k, top_p):
-    """Raise a ValueError that names the first option of `generate` out of range."""
+    """Raise a ValueError about the first option of `generate` that is out of range."""
     if not is_integer(max_new_tokens, 0):
-        raise ValueError(f"max_new_tokens must be an integer from 0 on, got {max_new_tokens!r}")
+        raise ValueError(f"max_new_tokens must be an integer >= 0, got {max_new_tokens!r}")
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature must be 0 or more, and finite, got {temperature}")
     if top_k is not None and not is_integer(top_k, 1):
-        raise ValueError(f"top_k must be an integer from 1 on, got {top_k!r}")
+        raise ValueError(f"top_k must be a positive integer, got {top_k!r}")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
 
 
 def end_tokens(eos_token_id) -> Tensor:
-    """Return the tokens that end a sequence, (any number), of one id, several, or None."""
+    """Return the ids that end a sequence as a vector, given one id, several, or None."""
     try:
         ids = torch.as_tensor([] if eos_token_id is None else eos_token_id).flatten()
     except (TypeError, ValueError, RuntimeError):
@@ -1971,7 +1972,7 @@ def end_tokens(eos_token_id) -> Tensor:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module):
-    """Put a model into eval mode, and give its modules their own modes back afterwards."""
+    """Put a model into eval mode, and restore the mode of each module afterwards."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -1982,20 +1983,20 @@ def evaluating(model: nn.Module):
 
 
 def draw(logits: Tensor, temperature: float, top_k, top_p, generator) -> Tensor:
-    """Draw one token (B,) for each row of logits (B, vocab_size)."""
+    """Sample one token per sequence, (B,), from logits (B, vocab_size)."""
     largest, likeliest = logits.max(dim=-1)
-    numbers = largest.tolist()
-    if not all(map(math.isfinite, numbers)):  # NaN, which is the largest, or nothing left to draw
-        raise ValueError(f"no token can be drawn of logits up to {numbers}")
+    maxima = largest.tolist()
+    if not all(map(math.isfinite, maxima)):  # a NaN, which max returns, or only -inf
+        raise ValueError(f"can't sample from logits whose maxima are {maxima}")
     if temperature == 0 or top_k == 1:
         return likeliest
     logits = (logits - largest.unsqueeze(1)) / max(temperature, 1e-30)  # at most 0: no overflow
     if top_k is not None:
-        likeliest, tokens = logits.topk(min(top_k, logits.shape[-1]))
-        logits = torch.full_like(logits, -math.inf).scatter(-1, tokens, likeliest)
+        kept, tokens = logits.topk(min(top_k, logits.shape[-1]))
+        logits = torch.full_like(logits, -math.inf).scatter(-1, tokens, kept)
     if top_p is not None:
         p, order = logits.softmax(dim=-1).sort(descending=True)
-        likelier = p.cumsum(dim=-1) - p  # what the tokens before each hold; 0 for the likeliest
+        likelier = p.cumsum(dim=-1) - p  # probability of the tokens before each
         late = likelier >= top_p
         late[:, 0] = False  # the likeliest stays, however small top_p is
         late = late.gather(-1, order.argsort(dim=-1))  # in the vocabulary's order
@@ -2005,22 +2006,22 @@ def draw(logits: Tensor, temperature: float, top_k, top_p, generator) -> Tensor:
 
 # -------------------------------------------------------------------------------- 8 checkpoints
 # Hugging Face's layout: a config.json, and weights in one file or in shards, in a folder or on the
-# hub. Tied weights are written once. Names of heads begin with `mega.`, names of bare models don't.
+# hub. Tied weights are written once. A head's names for its MegaModel's weights begin with `mega.`.
 
-WEIGHT_FILES = (  # the first that is found is read
+WEIGHT_FILES = (  # the first one found is read
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
 WORDS = "embedding_layer.word_embeddings.weight"
-# What a file can't lack, and what is worth a warning if it is not used.
+# Weights that a file must have, and weights that are worth a warning if unused.
 BACKBONE = r"layers\.\d+\.(mega_layer|nffn)\.|word_embeddings"
 TRAINED = rf"{BACKBONE}|cross_attn|token_type"
 
 
 def write_checkpoint(model: MegaBase, folder: Path):
-    """Write config.json and model.safetensors; old files stay until the new ones are whole."""
+    """Write config.json and model.safetensors; old files stay until the new ones are complete."""
     from safetensors.torch import save
 
     model.config.check()
@@ -2034,7 +2035,7 @@ def write_checkpoint(model: MegaBase, folder: Path):
         "model.safetensors": save(weights, metadata={"format": "pt"}),
     }
     folder.mkdir(parents=True, exist_ok=True)
-    part = f"{uuid.uuid4().hex}.part"  # of this call alone
+    part = f"{uuid.uuid4().hex}.part"  # unique to this call
     try:
         for name, content in files.items():
             (folder / f"{name}.{part}").write_bytes(content)
@@ -2046,9 +2047,9 @@ def write_checkpoint(model: MegaBase, folder: Path):
 
 
 def find_file(source: str | Path, *names: str, revision: str | None = None) -> Path:
-    """Return the path of the first of `names` in a folder or in a hub's repository `owner/name`.
+    """Return the path of the first of `names` in a folder or in a hub repository `owner/name`.
 
-    Raises FileNotFoundError if there is none of them, OSError if the hub can't be asked.
+    Raises FileNotFoundError if none of them exists, OSError if the hub can't be reached.
     """
     choices = " or ".join(names)
     folder = Path(source)
@@ -2061,21 +2062,19 @@ def find_file(source: str | Path, *names: str, revision: str | None = None) -> P
     import huggingface_hub
     from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError
 
-    wanted = f"{source} is no folder here, and {choices} of it"
+    wanted = f"{source} is not a local folder, and its {choices}"
     unreachable = None
     for name in names:
         try:
             return Path(huggingface_hub.hf_hub_download(str(source), name, revision=revision))
-        except LocalEntryNotFoundError as error:  # not in the cache, and the hub gives no answer
+        except LocalEntryNotFoundError as error:  # not cached, and the hub does not answer
             unreachable = error
         except EntryNotFoundError:  # the hub has other files
             continue
-        except Exception as error:  # of many libraries: HTTP, TLS, the cache
-            raise OSError(
-                f"{wanted} can't be had from the hub: {reason_and_advice(error)}"
-            ) from error
+        except Exception as error:  # from many libraries: HTTP, TLS, the cache
+            raise OSError(f"{wanted} can't be downloaded: {reason_and_advice(error)}") from error
     if unreachable is not None:
-        raise OSError(f"{wanted} can't be had from the hub: {reason_and_advice(unreachable)}")
+        raise OSError(f"{wanted} can't be downloaded: {reason_and_advice(unreachable)}")
     raise FileNotFoundError(f"{wanted} is not on the hub")
 
 
@@ -2107,7 +2106,7 @@ def read_checkpoint(source: str | Path, revision: str | None) -> tuple[dict, dic
 def read_json(path: Path) -> dict:
     try:
         return {**json.loads(path.read_bytes())}
-    except (ValueError, TypeError, RecursionError) as error:  # no JSON, or no object
+    except (ValueError, TypeError, RecursionError) as error:  # not JSON, or not an object
         raise ValueError(f"{path} can't be read ({error})") from None
 
 
@@ -2118,21 +2117,21 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         found = load_file(path) if path.suffix == ".safetensors" else unpickle(path)
         for name, x in found.items():
             if not isinstance(name, str) or not is_plain(x):
-                raise ValueError(f"{name} is no plain tensor of real numbers")
+                raise ValueError(f"{name} is not a dense tensor of real numbers")
         return found
-    except Exception as error:  # damaged files make the readers raise many kinds
+    except Exception as error:  # damaged files raise many kinds of errors
         raise ValueError(f"{path} can't be read ({error})") from error
 
 
 def is_plain(x) -> bool:
-    """Say whether x is a tensor of real numbers, each of which is in memory."""
+    """Return whether x is a dense tensor of real numbers, with all its data in memory."""
     plain = torch.is_tensor(x) and x.layout == torch.strided and not (x.is_quantized or x.is_meta)
     return plain and not x.is_complex() and x.untyped_storage().nbytes() >= x.numel() * x.itemsize
 
 
 def unpickle(path: Path):
     """Read what torch.save wrote: tensors and plain values, no code."""
-    if zipfile.is_zipfile(path):  # torch.save packs nothing, so a zip that holds more is a trap
+    if zipfile.is_zipfile(path):  # torch.save does not compress: a larger content is a zip bomb
         with zipfile.ZipFile(path) as archive:
             size = sum(member.file_size for member in archive.infolist())
         if size > path.stat().st_size:
@@ -2141,13 +2140,13 @@ def unpickle(path: Path):
 
 
 def match(cls, config: MegaConfig, weights: dict, ignore: bool, source: str) -> dict[str, Tensor]:
-    """Return the tensors of `read_checkpoint` by the names of a model; ValueError if one misfits.
+    """Return `read_checkpoint`'s tensors under a model's names; ValueError if one does not fit.
 
-    What may be lacking (a head, a cross-attention, a pooler), and with `ignore` all that does not
-    fit, is left out, and one warning names it.
+    What may be missing (a head, a cross-attention, a pooler), and with `ignore` whatever does not
+    fit, is left out and named in a single warning.
     """
     depth = config.num_hidden_layers
-    if not ignore:  # one layer more than the file has shows that one is missing
+    if not ignore:  # one layer more than the file's is enough to miss one
         layers = {name.split(".")[1] for name in weights if name.startswith("layers.")}
         depth = min(depth, len(layers) + 1)
     with torch.device("meta"), warnings.catch_warnings():  # shapes alone, which take no memory
@@ -2177,7 +2176,7 @@ def match(cls, config: MegaConfig, weights: dict, ignore: bool, source: str) -> 
     unused = [n for n in weights if re.search(trained, n) and not n.endswith("_float_tensor")]
     notes = []
     if fresh:
-        notes.append(f"initialised anew: {', '.join(fresh)}")
+        notes.append(f"newly initialised: {', '.join(fresh)}")
     if unused:
         notes.append(f"not used: {', '.join(unused)}")
     if notes:
@@ -2188,7 +2187,7 @@ def match(cls, config: MegaConfig, weights: dict, ignore: bool, source: str) -> 
 def tie_as_in_file(model: MegaBase, weights: dict[str, Tensor]):
     """Give a language model's embedding and output layer one tensor, if the config ties them.
 
-    A tied file has only one of the two; of an untied file the output layer's wins.
+    A tied file has only one of the two; from an untied file the output layer's is used.
     """
     for head in ("lm_head", "mlm_head"):
         if not hasattr(model, head):
@@ -2201,7 +2200,7 @@ def tie_as_in_file(model: MegaBase, weights: dict[str, Tensor]):
 
 
 def has_two_directions(name: str, found: Tensor | None, wanted: Tensor) -> bool:
-    """Say whether a file's EMA parameter has both directions' channels, the model's one's."""
+    """Return whether a file's EMA parameter is bidirectional and the model's is not."""
     return found is not None and "ema_gate" in name and len(found) == 2 * len(wanted)
 
 
@@ -2209,17 +2208,17 @@ def describe_misfit(config: MegaConfig, name: str, found: Tensor | None, wanted:
     """Say what is wrong with a file's tensor, which settings explain it, and what to do."""
     if found is None:
         return (
-            f"tensor {name} is missing: are num_hidden_layers, normalization_type, "
-            "relative_positional_bias or other layers those of the file, and is it of a MEGA?"
+            f"tensor {name} is missing: is this a MEGA, with this num_hidden_layers, "
+            "normalization_type and relative_positional_bias, and these optional layers?"
         )
     text = f"tensor {name} is {tuple(found.shape)}, but the config asks for {tuple(wanted.shape)}"
     if has_two_directions(name, found, wanted):
         return (
-            f"{text}; the file needs bidirectional=True and is_decoder=False, or keep the half "
-            "from left to right with ignore_mismatched_sizes=True"
+            f"{text}; load it with bidirectional=True and is_decoder=False, or keep only its "
+            "left-to-right half with ignore_mismatched_sizes=True"
         )
     if has_two_directions(name, wanted, found):
-        return f"{text}; the file needs bidirectional=False"
+        return f"{text}; load it with bidirectional=False"
     wrong = {a for a, b in zip(wanted.shape, found.shape, strict=False) if a != b}
     labels = re.search("classifier|qa_outputs|token_type", name) is not None
     settings = []
@@ -2229,13 +2228,13 @@ def describe_misfit(config: MegaConfig, name: str, found: Tensor | None, wanted:
         if explains and (setting in ("num_labels", "type_vocab_size")) == labels:
             settings.append(f"{setting}={size}")
     reason = f", due to {' or '.join(settings)}" if settings else ""
-    return f"{text}{reason}; ignore_mismatched_sizes=True starts it anew"
+    return f"{text}{reason}; ignore_mismatched_sizes=True reinitialises it"
 
 
 def resize(model: MegaBase, size: int):
     """Keep the first `size` tokens of a model, or add new ones, in place."""
     replace(model.config, vocab_size=size)  # raises a ValueError for a bad size
-    resized = {}  # by the old parameter, so that a tied one stays one
+    resized = {}  # keyed by the old parameter, so that tied ones stay tied
     for name, layer in model.named_modules():
         if not name.endswith(("word_embeddings", "lm_head")):  # mlm_head, too
             continue
@@ -2257,7 +2256,7 @@ def resize(model: MegaBase, size: int):
 
 
 def main():
-    """Show that the EMA's modes agree, that cached equals whole, and what each mode costs."""
+    """Show that the EMA's modes agree, that a cache changes no logits, and what each mode costs."""
     torch.manual_seed(0)
     config = MegaConfig(
         hidden_size=256, intermediate_size=512, bidirectional=False, is_decoder=True,
@@ -2275,10 +2274,11 @@ def main():
         first = model(ids[:, :200], use_cache=True)
         rest = model(ids[:, 200:], cache=first.cache)
         error = (rest.logits - model(ids).logits[:, 200:]).abs().max()
-    print(f"logits from a cache differ from those of the whole text by {error:.0e} at most (fp32)")
+    print(f"logits with a cache differ from those of a full pass by {error:.0e} at most (fp32)")
 
     print("\nmilliseconds of the EMA, forward and backward, 256 channels of 16 states, fp32")
-    longest = {"direct": 256, "recurrent": 1024, "fft": 4096, "blockwise": 16384}  # in seconds
+    # The longest that take seconds.
+    longest = {"direct": 256, "recurrent": 1024, "fft": 4096, "blockwise": 16384}
     for length in (64, 256, 1024, 4096, 16384):
         cells = []
         for mode, limit in longest.items():

@@ -1,5 +1,5 @@
-"""Continue a prompt, or fill its masks, with a trained model: that of `python train.py` in out/, as
-long as there is none the small one in data/small, or another --model.
+"""Continue a prompt, or fill its masks, with a trained model: --model or, by default, the one that
+`python train.py` made in out/ or, until there is one, the small one in data/small.
 
 python sample.py --prompt "The function"
 echo "The function" | python sample.py --temperature 0
@@ -29,17 +29,17 @@ from mega import MegaForCausalLM, MegaForMaskedLM, draw, find_file, read_json
 
 ABOUT_MASKS = (
     "{} learned to fill masks from the text on both sides. Here it fills one mask after another at "
-    "the end of the text, with nothing to the right: expect weak text, and a pass over all of it "
-    "for each token. --task fill-mask is what it was made for."
+    "the end of the text, with nothing to the right: expect weak text, and a full pass over it for "
+    "each token. --task fill-mask is what it was trained for."
 )
 SMALL = DATA / "small"  # the trained model that comes with the project
 KINDS = {"MegaForCausalLM": MegaForCausalLM, "MegaForMaskedLM": MegaForMaskedLM}
 
 
 def load_model(source: str | Path, chunk_size: int = 0):
-    """The language model of a folder or hub id, in eval mode, and its tokenizer.
+    """Return the language model of a folder or hub id, in eval mode, and its tokenizer.
 
-    With chunk_size, attention sees chunks of so many tokens, not of as many as in training.
+    With chunk_size, attention sees chunks of that many tokens instead of as many as in training.
     """
     try:
         config = read_json(find_file(str(source), "config.json"))
@@ -51,7 +51,7 @@ def load_model(source: str | Path, chunk_size: int = 0):
         if chunk_size:
             model.set_chunk_size(chunk_size)
     except FileNotFoundError as error:
-        mend = "python train.py makes one, --model names another"
+        mend = "make one with python train.py, or name another with --model"
         raise UserError(f"there is no checkpoint in {source} ({error}); {mend}") from None
     except OSError as error:
         raise UserError(f"the checkpoint in {source} can't be read ({error})") from None
@@ -84,7 +84,7 @@ def find_tokenizer(source: str) -> Tokenizer | RobertaTokenizer:
 def continue_text(model: MegaForCausalLM | MegaForMaskedLM, codec, prompt: str, write, **options):
     """Call `write` with the pieces of the prompt's continuation, as they come.
 
-    An empty prompt starts a new document, and a document's end ends the sample. `options` are
+    An empty prompt starts a new document, and an end-of-text token ends the sample. `options` are
     those of MegaForCausalLM.generate.
     """
     ids = codec.encode(prompt) or [codec.end_of_text]
@@ -106,7 +106,7 @@ def continue_text(model: MegaForCausalLM | MegaForMaskedLM, codec, prompt: str, 
 
 @torch.no_grad()
 def append_masks(model, codec, ids, stream, max_new_tokens, temperature, top_k, top_p, seed):
-    """Continue ids (1, L) with a masked language model: put a mask behind them, fill it, again."""
+    """Continue ids (1, L) with a masked language model: append a mask, fill it, and repeat."""
     mask = ids.new_tensor([[mask_of(codec)]])
     generator = torch.Generator(ids.device).manual_seed(seed)
     for _ in range(max_new_tokens):
@@ -120,7 +120,7 @@ def append_masks(model, codec, ids, stream, max_new_tokens, temperature, top_k, 
 
 def mask_of(codec) -> int:
     if getattr(codec, "mask", None) is None:
-        raise UserError("this model's vocabulary has no <mask>; use a checkpoint that has")
+        raise UserError("this model's vocabulary has no <mask>; use a checkpoint that has one")
     return codec.mask
 
 
@@ -129,7 +129,7 @@ def fill_masks(model: MegaForMaskedLM, codec, prompt: str, write, count: int):
     """Write the `count` likeliest tokens for each <mask> of the prompt, with probabilities."""
     if not isinstance(model, MegaForMaskedLM):
         raise UserError("--task fill-mask needs a MegaForMaskedLM, this is a MegaForCausalLM")
-    # Before a text stands RoBERTa's <s>, which its encode writes, or the end of another text.
+    # A text starts with RoBERTa's <s>, which its encode adds, or with an end-of-text token.
     start = [codec.end_of_text] if isinstance(codec, Tokenizer) else []
     ids = torch.tensor([[*start, *codec.encode(prompt), codec.end_of_text]])
     masks = (ids[0] == mask_of(codec)).nonzero().flatten()
@@ -138,20 +138,21 @@ def fill_masks(model: MegaForMaskedLM, codec, prompt: str, write, count: int):
     logits = model(ids.to(next(model.parameters()).device)).logits[0, masks].float()
     probabilities, tokens = logits.softmax(-1).topk(min(count, logits.shape[-1]))
     for i in range(len(masks)):
-        write(f"mask {i + 1} of {len(masks)}\n" * (len(masks) > 1))
+        if len(masks) > 1:
+            write(f"mask {i + 1} of {len(masks)}\n")
         for p, token in zip(probabilities[i].tolist(), tokens[i].tolist(), strict=True):
             text = codec.decode_bytes([token]).decode("utf-8", "replace")
             write(f"{p:7.2%} {text!r}\n")
 
 
 def read_prompt(prompt: str | None) -> str:
-    """The flag's text; with "-", or without the flag at the end of a pipe, standard input."""
+    """Return --prompt, or standard input if it is "-", or if there is no flag but a pipe."""
     if prompt == "-" and sys.stdin is None:
         raise UserError("--prompt - reads standard input, which is closed")
     if sys.stdin is not None and (prompt == "-" or (prompt is None and not sys.stdin.isatty())):
         text = decode(sys.stdin.buffer.read(), "standard input")
         return text.removesuffix("\n").removesuffix("\r")
-    # What is not UTF-8 on a command line arrives as surrogates, which no tokenizer knows.
+    # Bytes of a command line that are not UTF-8 arrive as surrogates, which can't be encoded.
     return (prompt or "").encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
@@ -160,11 +161,11 @@ def note(text):
 
 
 def find_out() -> str:
-    """What `python train.py` made or, before it has been run, the model that comes with it."""
+    """Return the folder of train.py's model or, before it has been run, of the one supplied."""
     out = Path("out")
-    if out.exists() and {p.name for p in out.iterdir()} - {"lock"}:  # a run just begun has that
+    if out.exists() and {p.name for p in out.iterdir()} - {"lock"}:  # a new run has only that
         return "out"
-    note("there is no model in out/ yet: this is the small one in data/small; train.py makes yours")
+    note("there is no model in out/ yet; using the small one in data/small; train.py makes yours")
     return str(SMALL)
 
 
@@ -178,11 +179,11 @@ def main():
     parser.add_argument("--task", default="generate", choices=tasks, help="default: generate")
     parser.add_argument("--max_new_tokens", type=int, default=200, help="default: 200")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: greedy (default: 0.8)")
-    parser.add_argument("--top_k", type=int, help="draw from the k likeliest tokens only")
-    parser.add_argument("--top_p", type=float, help="draw from the likeliest that hold this much")
+    parser.add_argument("--top_k", type=int, help="sample from the k likeliest tokens only")
+    parser.add_argument("--top_p", type=float, help="nucleus sampling: total probability to keep")
     parser.add_argument("--seed", type=int, default=1337, help="default: 1337")
     parser.add_argument("--num_samples", type=int, default=1, help="default: 1")
-    help_chunk = "tokens that attention sees at most (default: as in training)"
+    help_chunk = "most tokens that attention sees (default: as in training)"
     parser.add_argument("--chunk_size", type=int, default=0, help=help_chunk)
     parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: auto)")
     options = vars(parser.parse_args())
@@ -216,7 +217,9 @@ def main():
         if isinstance(model, MegaForMaskedLM):
             note(ABOUT_MASKS.format(source))
         for i in range(samples):
-            write(f"--- sample {i + 1} of {samples}\n" * (samples > 1) + prompt)
+            if samples > 1:
+                write(f"--- sample {i + 1} of {samples}\n")
+            write(prompt)
             continue_text(model, codec, prompt, write, seed=seed + i, **options)
             write("\n")
     except ValueError as error:

@@ -3,12 +3,12 @@
     python train.py                       # WikiText-2, or offline the text that ships with Python
     python train.py --dataset=my_text.txt --max_minutes=5 --out_dir=out-mine
     python train.py --resume              # continue out_dir's run, with the settings it had
-    python train.py --eval_only           # its best model on val and test
+    python train.py --eval_only           # evaluate its best model on val and test
     torchrun --nproc_per_node=2 train.py  # several processes share the sequences of each step
 
-Each setting below is a flag, --name=value or --name value. In out_dir: the best model so far in
-Hugging Face's layout with its tokenizer; last.pt, all that --resume needs; and, new at each
-evaluation, log.csv, loss.png and samples.txt.
+Each setting below is a flag, --name=value or --name value. out_dir holds the best model so far, in
+Hugging Face's layout, with its tokenizer; last.pt, with all that --resume needs; and log.csv,
+loss.png and samples.txt, rewritten at each evaluation.
 """
 
 import argparse
@@ -69,55 +69,55 @@ out_dir = "out"  # folder of the checkpoints and the log
 resume = False  # continue from out_dir/last.pt
 eval_only = False  # evaluate out_dir's best model on val and test, and stop
 # data
-dataset = "auto"  # a path, or one of data/prepare.py's; auto: wikitext-2, offline pydocs
+dataset = "auto"  # a path, or one of data/prepare.py's; auto: wikitext-2, or pydocs when offline
 data_dir = ""  # folder for the prepared datasets; empty: data/ beside this file
 source = ""  # a folder, file, zip or URL from which to read the dataset instead of downloading it
 train_split = "train"  # the split of the source to train on
 val_split = "val"  # the split to evaluate on
 tokenizer = "auto"  # bpe, bytes or gpt2 (a download); auto: bytes for shakespeare and enwik8
-vocab_size = 2048  # tokens of bpe
+vocab_size = 2048  # number of bpe tokens
 # model
 n_layer = 4  # blocks
 n_embd = 160  # D
 intermediate_size = 0  # V, width of the values; 0: 2 n_embd
 nffn_hidden_size = 0  # F, width of the feed-forward network; 0: 2 n_embd
 shared_size = 64  # Z, width of queries and keys
-ema_size = 16  # N, EMA states of a channel
+ema_size = 16  # N, EMA states per channel
 chunk_size = 128  # C, attention sees this many tokens; 0: block_size
 attention = "softmax"  # softmax, laplace or relu2
-dropout = 0.05  # of the outputs of the EMA, the layer and the feed-forward network
-hidden_dropout = 0.05  # of the values and of the feed-forward network's hidden layer
-attention_dropout = 0.0  # of the attention weights
-feature_dropout = True  # drop whole features of a sequence, not single numbers
+dropout = 0.05  # on the outputs of the EMA, the layer and the feed-forward network
+hidden_dropout = 0.05  # on the values and the feed-forward network's hidden layer
+attention_dropout = 0.0  # on the attention weights
+feature_dropout = True  # drop whole features of a sequence, not single elements
 # optimization
 optimizer = "muon"  # muon (for matrices, adamw for the rest) or adamw
-batch_size = 4  # sequences of a forward pass
-block_size = 512  # tokens of a sequence: the context in training
-gradient_accumulation_steps = 1  # forward passes of a step, shared by all processes
-max_iters = 10000  # steps at most
-max_minutes = 8.5  # minutes of training at most; 0: no limit, and resumes that are exact
-learning_rate = 5e-3  # AdamW's highest, after the warm-up
-ema_learning_rate = 2e-2  # AdamW's for averages, scales of queries and keys, position biases
-muon_learning_rate = 0.04  # Muon's
-min_lr_fraction = 0.02  # fraction of the rates left at the end
-warmup_fraction = 0.02  # part of the training in which they rise
-weight_decay = 0.1  # of the matrices
+batch_size = 4  # sequences per forward pass
+block_size = 512  # tokens per sequence: the context length in training
+gradient_accumulation_steps = 1  # forward passes per step, divided among the processes
+max_iters = 10000  # maximum number of steps
+max_minutes = 8.5  # training time limit; 0: none, which also makes resuming exact
+learning_rate = 5e-3  # AdamW's peak, after warm-up
+ema_learning_rate = 2e-2  # AdamW's peak for EMAs, scales of queries and keys, position biases
+muon_learning_rate = 0.04  # Muon's peak
+min_lr_fraction = 0.02  # final learning rates, as a fraction of the peaks
+warmup_fraction = 0.02  # fraction of training spent on warm-up
+weight_decay = 0.1  # of matrices only
 momentum = 0.95  # of Muon
 beta1 = 0.9  # of AdamW
 beta2 = 0.95  # of AdamW
-grad_clip = 1.0  # the gradient's largest norm; 0: any
+grad_clip = 1.0  # maximum gradient norm; 0: no clipping
 # evaluation
-evaluations = 10  # spread over the training
+evaluations = 10  # spread evenly over training
 save_interval = 100  # steps between checkpoints; each evaluation makes one, too
-contexts = "512,carried,sliding"  # of the last evaluation: lengths of windows, or see `evaluate`
-eval_chunk_size = 0  # of attention with eval_only; 0: as in training
+contexts = "512,carried,sliding"  # of the final evaluation: window lengths, or see `evaluate`
+eval_chunk_size = 0  # attention's chunk size with eval_only; 0: as in training
 sample_tokens = 100  # length of the sample at each evaluation; 0: none
 # machine
 device = "auto"  # cpu, cuda, cuda:1, mps; auto: cuda if there is one
 dtype = "auto"  # float32 or bfloat16 (autocast); auto: bfloat16 where it is faster
 compile = False  # torch.compile the model, where that works
 threads = 0  # CPU threads; 0: torch's choice
-seed = 1337  # of the weights, the batches and the dropout
+seed = 1337  # for weights, batches and dropout
 
 SETTINGS = {
     name: value
@@ -127,7 +127,7 @@ SETTINGS = {
 
 # ---------------------------------------------------------------------------------------- settings
 
-# What a dataset changes of the defaults above; these sizes are for 8 to 15 minutes on two cores.
+# Defaults above that a dataset overrides; these sizes are for 8 to 15 minutes on two cores.
 PRESETS = {
     "shakespeare": {
         "n_embd": 192,
@@ -139,7 +139,7 @@ PRESETS = {
     },
 }
 DTYPES = ("auto", "float32", "bfloat16")
-CONTEXTS = "carried, sliding and lengths of windows, with commas between"
+CONTEXTS = "carried, sliding or window lengths, separated by commas"
 MOST = 1 << 63
 RULES = (  # names, the rule in words, the rule as a function
     ("batch_size block_size max_iters evaluations", "at least 1", lambda x: 1 <= x < MOST),
@@ -157,18 +157,18 @@ RULES = (  # names, the rule in words, the rule as a function
     ("warmup_fraction min_lr_fraction", "0 or more and below 1", lambda x: 0 <= x < 1),
     ("momentum beta1 beta2", "0 or more and below 1", lambda x: 0 <= x < 1),
     ("out_dir dataset", "non-empty", bool),
-    ("out_dir dataset data_dir source", "without zero bytes", lambda x: "\0" not in x),
+    ("out_dir dataset data_dir source", "without null bytes", lambda x: "\0" not in x),
     ("optimizer", "one of muon, adamw", lambda x: x in ("muon", "adamw")),
     ("dtype", f"one of {', '.join(DTYPES)}", lambda x: x in DTYPES),
     ("tokenizer", f"one of {', '.join(TOKENIZERS)}", lambda x: x in TOKENIZERS),
     ("contexts", CONTEXTS, lambda x: all(is_context(part) for part in x.split(","))),
 )
-# Other people's names of settings, and ours.
+# Common names for settings, and the names used here.
 ALSO_CALLED = {
     "lr": "learning_rate", "wd": "weight_decay", "bs": "batch_size", "steps": "max_iters",
     "epochs": "max_iters or --max_minutes", "num_epochs": "max_iters or --max_minutes",
 }  # fmt: skip
-# What a resumed run may change; what it has otherwise is in its checkpoint.
+# Settings that a resumed run may change; the others come from its checkpoint.
 CHANGEABLE = """
     out_dir resume eval_only dataset data_dir source max_iters max_minutes evaluations save_interval
     contexts eval_chunk_size sample_tokens device dtype compile threads learning_rate
@@ -181,7 +181,7 @@ def is_context(text: str) -> bool:
 
 
 def read_settings(arguments: list[str]) -> argparse.Namespace:
-    """Read the settings of this file, or of the run in out_dir, changed by the command line."""
+    """Return this file's settings, or those of the run in out_dir, with the flags applied."""
     given = read_flags(arguments, __doc__, Path(__file__), SETTINGS, ALSO_CALLED)
     for name in {"out_dir", "dataset", "data_dir", "source"} & given.keys():
         given[name] = os.path.expanduser(given[name])
@@ -193,8 +193,10 @@ def read_settings(arguments: list[str]) -> argparse.Namespace:
     if (s.resume or s.eval_only) and last.exists():
         saved = read_state(last.parent)["settings"]
         if s.eval_only:
-            saved["dtype"] = "auto"  # this machine may be another, slow with the run's
-        changeable = CHANGEABLE.split() + ["val_split"] * s.eval_only
+            saved["dtype"] = "auto"  # the run's may be slow on this machine
+        changeable = CHANGEABLE.split()
+        if s.eval_only:
+            changeable.append("val_split")
         check_same(saved, {n: x for n, x in given.items() if n not in changeable}, last)
         s = argparse.Namespace(**{**SETTINGS, **saved, **given})
     return s
@@ -210,14 +212,14 @@ def wrong_setting(s) -> str | None:
 
 
 def check_memory(s):
-    """Raise a UserError if a training step can't fit into this machine, even by a low estimate."""
+    """Raise a UserError if a training step can't fit into memory, even by a low estimate."""
     width = s.n_embd + sum(widths(s)) + s.shared_size + s.ema_size
     numbers = 3 * s.n_embd + s.batch_size * s.block_size  # weight, gradient, moment; activations
     needed = s.n_layer * (4 * width * numbers + 30_000)  # bytes; Python's objects take some, too
     if needed > memory_of_machine():
         raise UserError(
             f"a step would need at least {needed / 1e9:,.0f} GB of memory, and this machine has "
-            f"{memory_of_machine() / 1e9:,.0f}; lower its sizes, --batch_size or --block_size"
+            f"{memory_of_machine() / 1e9:,.0f}; lower model sizes, --batch_size or --block_size"
         )
 
 
@@ -233,7 +235,7 @@ def widths(s) -> tuple[int, int]:
 def find_data(s):
     """Prepare the dataset and yield its folder, which stays as it is until the block ends.
 
-    Where nobody has named a dataset and WikiText can't be downloaded, take Python's own text.
+    If no dataset is named and WikiText can't be downloaded, use the text that ships with Python.
     """
     options = (s.source, s.train_split, s.val_split, s.tokenizer, s.vocab_size, s.data_dir)
     name = "wikitext-2" if s.dataset == "auto" else s.dataset
@@ -272,18 +274,18 @@ class Corpus:
             tokens = np.memmap(path, dtype, "r")
             if tokens.max() >= tokenizer.size:
                 raise UserError(
-                    f"{path} has the token {tokens.max()} and its vocabulary only "
+                    f"{path} contains token {tokens.max()}, but its vocabulary has only "
                     f"{tokenizer.size}; delete {folder} and run again"
                 )
             self.tokens[split] = tokens
         for split, least in (("train", block_size + 1), ("val", 2)):
             if len(self.tokens[split]) < least:
                 raise UserError(
-                    f"the {split} split of {folder} has {len(self.tokens[split])} tokens and "
-                    f"--block_size={block_size} needs {least}; give more text or shorten it"
+                    f"the {split} split of {folder} has {len(self.tokens[split])} tokens, but "
+                    f"--block_size={block_size} needs {least}; give more text or lower it"
                 )
         pairs = len(self.tokens["train"]) - 1  # of a token and the next one
-        self.windows = max(pairs // block_size - 1, 1)  # of an epoch; one less leaves room to shift
+        self.windows = max(pairs // block_size - 1, 1)  # per epoch; one fewer leaves room to shift
         self.spare = pairs - self.windows * block_size
         self.orders = {}  # by epoch
 
@@ -296,18 +298,18 @@ class Corpus:
         return torch.from_numpy(self.tokens[split].astype(np.int64))
 
     def epoch(self, number: int) -> np.ndarray:
-        """Return where the windows of an epoch start: in a new order, with new borders."""
+        """Return where the windows of an epoch start: newly shuffled, and shifted as a whole."""
         if number not in self.orders:
             random = np.random.default_rng((self.seed, number))
             starts = np.arange(self.windows) * self.block_size + random.integers(self.spare + 1)
-            self.orders.pop(number - 2, None)  # a step may read the end of the last epoch
+            self.orders.pop(number - 2, None)  # a step may span the previous epoch's end
             self.orders[number] = random.permutation(starts)
         return self.orders[number]
 
     def sequences(self, numbers: range, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return training windows: inputs and the tokens after them, each (B, L).
+        """Return training windows: inputs and next-token targets, each (B, L).
 
-        A window's number, counted from the start of the training, alone says which it is.
+        A window is determined by its number alone, counted from the start of training.
         """
         windows = []
         for number in numbers:
@@ -359,10 +361,10 @@ def new_model(s, tokenizer: Tokenizer) -> MegaForCausalLM:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum for matrices, whose step is made orthogonal (Jordan et al. 2024).
+    """Momentum for matrices, with orthogonalized updates (Jordan et al. 2024).
 
-    All directions of a matrix then move equally far, also those in which its gradient is small.
-    `dtype` is what the processor multiplies fastest; bfloat16 is precise enough.
+    All directions of a matrix then move equally far, even those in which its gradient is small.
+    `dtype` is the one that the processor multiplies fastest; bfloat16 is precise enough.
     """
 
     def __init__(self, parameters, lr, momentum, weight_decay, dtype=torch.float32):
@@ -372,7 +374,7 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            moves = {}  # by shape: those of one shape are made orthogonal together, in less time
+            moves = {}  # by shape: those of one shape are orthogonalized together, which is faster
             for p in group["params"]:
                 if p.grad is None:
                     continue
@@ -398,7 +400,7 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     """
     a, b, c = (3.4445, -4.7750, 2.0315)
     tall = matrices.shape[1] > matrices.shape[2]
-    x = matrices.mT if tall else matrices  # the smaller x x^T
+    x = matrices.mT if tall else matrices  # keeps x x^T small
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         square = x @ x.mT
@@ -408,10 +410,10 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 
 
 def build_optimizers(s, model: nn.Module, device: torch.device, dtype: torch.dtype) -> list:
-    """Make Muon or AdamW for matrices, which decay, and AdamW for all else, embeddings included.
+    """Make Muon or AdamW with weight decay for matrices, and AdamW for the rest (and embeddings).
 
-    Moving averages, the scales of queries and keys, and position biases have a rate of their own:
-    they learn best at one several times as high (see README.md, what was tried).
+    EMAs, the scales of queries and keys, and position biases have their own learning rate: they
+    learn best at one several times as high (see data/lecture/training.md).
     """
     names = re.compile("ema_gate|qk_weight|qk_bias|rel_pos_bias")
     ema = [p for name, p in model.named_parameters() if names.search(name)]
@@ -434,7 +436,7 @@ def build_optimizers(s, model: nn.Module, device: torch.device, dtype: torch.dty
 
 
 def learning_rate_factor(s, progress: float) -> float:
-    """Rise and fall linearly; `progress` is the part of the training that is done, 0 to 1."""
+    """Warm up and decay linearly; `progress` is the fraction of training done, 0 to 1."""
     if progress < s.warmup_fraction:
         return max(progress / s.warmup_fraction, 0.01)
     return max((1 - progress) / (1 - s.warmup_fraction), s.min_lr_fraction)
@@ -442,19 +444,19 @@ def learning_rate_factor(s, progress: float) -> float:
 
 # -------------------------------------------------------------------------------------- evaluation
 
-EVALUATED = 8192  # tokens at once: enough to be fast
+EVALUATED = 8192  # tokens per forward pass: enough to be fast
 
 
 def evaluate(model: MegaForCausalLM, corpus: Corpus, split: str, context: str, autocast) -> dict:
-    """Measure a whole split: nats per token, bits per byte, perplexity per word (with line ends).
+    """Evaluate on a whole split: nats per token, bits per byte, perplexity per word or line end.
 
-    Of the split only the first token, an end of text, is not predicted. Contexts are
+    All tokens are predicted but the split's first, an end of text. Contexts are
 
-        "512"      windows of so many tokens, each of which starts with nothing before it;
-        "carried"  the split is one sequence: its moving averages are never reset, attention sees
-                   the tokens before in the same chunk;
-        "sliding"  two carried passes, the second with chunk borders half a chunk later; each token
-                   counts in the pass that shows attention more of the text before it.
+        "512"      windows of this many tokens, each without earlier context;
+        "carried"  the split is one sequence: the EMA is never reset, and attention sees the earlier
+                   tokens of the same chunk;
+        "sliding"  two carried passes, the second with chunk boundaries half a chunk later; each
+                   token is scored in the pass in which attention sees more of the earlier text.
     """
     tokens = corpus.ids(split)
     with evaluating(model):
@@ -472,7 +474,7 @@ def evaluate(model: MegaForCausalLM, corpus: Corpus, split: str, context: str, a
 
 
 def in_units(total: float, corpus: Corpus, split: str) -> dict[str, float]:
-    """Turn the summed loss of a split, in nats, into what papers quote."""
+    """Convert the summed loss of a split, in nats, to the units that papers report."""
     counts = corpus.counts[split]
     return {
         "loss": total / (counts["tokens"] - 1),
@@ -483,7 +485,7 @@ def in_units(total: float, corpus: Corpus, split: str) -> dict[str, float]:
 
 @torch.no_grad()
 def summed_loss(model, inputs: Tensor, targets: Tensor, autocast, **more):
-    """Return the summed loss of the targets but -100, in nats, and the cache."""
+    """Return the loss summed over targets other than -100, in nats, and the cache."""
     device = next(model.parameters()).device
     options = {"shift_labels": False, "output_logits": False, **more}
     with autocast:
@@ -493,9 +495,9 @@ def summed_loss(model, inputs: Tensor, targets: Tensor, autocast, **more):
 
 
 def loss_in_windows(model, tokens: Tensor, length: int, autocast) -> float:
-    """Cut tokens (T) into windows, each with nothing before it, and sum their loss."""
+    """Split tokens (T) into windows without earlier context, and sum their loss."""
     length = min(length, len(tokens) - 1)
-    rest = -(len(tokens) - 1) % length  # fills up the last window, without labels
+    rest = -(len(tokens) - 1) % length  # padding of the last window, without labels
     inputs = F.pad(tokens[:-1], (0, rest)).view(-1, length)
     targets = F.pad(tokens[1:], (0, rest), value=-100).view(-1, length)
     batch = max(EVALUATED // length, 1)
@@ -507,9 +509,9 @@ def loss_in_windows(model, tokens: Tensor, length: int, autocast) -> float:
 
 
 def loss_carried(model, tokens: Tensor, chunk: int, padding: int, least: int, autocast) -> float:
-    """Sum the loss of tokens (T) behind padding, which moves the chunks' borders, with a cache.
+    """Sum the loss of tokens (T), with a cache, after padding that shifts the chunk boundaries.
 
-    Only positions count that have `least` others before them in their chunk.
+    Only positions with at least `least` others before them in their chunk count.
     """
     inputs = F.pad(tokens[:-1], (padding, 0)).unsqueeze(0)  # (1, padding + T - 1)
     targets = F.pad(tokens[1:], (padding, 0), value=-100).unsqueeze(0)
@@ -534,14 +536,14 @@ def report(name: str, result: dict[str, float]) -> str:
 
 
 def report_all(model: MegaForCausalLM, corpus: Corpus, splits: list, contexts: str, autocast):
-    """Print each context's result; the last line is that of the last split and context again."""
+    """Print the result of each context, and at the end that of the last split and context again."""
     for split in splits:
         n = corpus.counts[split]
         predicted = n["tokens"] - 1
         unit = "character" if predicted == n["characters"] else "token"
         print(
             f"{split}: {predicted:,} tokens predicted, {n['bytes']:,} bytes, {n['words']:,} words, "
-            f"where the end of a line is one; loss in nats per {unit}"
+            f"counting line ends; loss in nats per {unit}"
         )
         for context in contexts.split(","):
             result = evaluate(model, corpus, split, context, autocast)
@@ -552,7 +554,7 @@ def report_all(model: MegaForCausalLM, corpus: Corpus, splits: list, contexts: s
 
 # ---------------------------------------------------------------------------------------- training
 
-# Of last.pt, but for model and optimizers: what it holds, and of which types.
+# The contents of last.pt and their types, except for model and optimizers.
 COUNTERS = ("step", "seconds", "best", "losses", "log")
 ROW = {
     "step": 0, "tokens": 0, "seconds": 0.0, "train_loss": 0.0, "val_loss": 0.0,
@@ -569,25 +571,25 @@ FILES += TOKENIZER_FILES
 
 
 class Diverged(UserError):
-    """Numbers that are not finite; what was saved before them is."""
+    """A loss, gradient or weight is not finite; what was saved before is."""
 
     def __init__(self, what: str):
         super().__init__(
-            f"{what}; the checkpoints stay as they were, try a lower --learning_rate and "
-            "--muon_learning_rate (with --resume, too)"
+            f"{what}; earlier checkpoints are unchanged: try a lower --learning_rate and "
+            "--muon_learning_rate (also with --resume)"
         )
 
 
 class Training:
-    """A run: model, optimizers and counters, all of which a checkpoint must hold for a resume."""
+    """A run: model, optimizers and counters, all of which a checkpoint needs for resuming."""
 
     def __init__(self, s, processes: Distributed, make_model=new_model, lock=None):
         self.settings = s
-        self.lock = lock  # what os.stat says of out_dir's
+        self.lock = lock  # os.stat of out_dir's lock file
         self.processes = processes
         self.device = processes.device
         self.out = Path(s.out_dir)
-        self.owns_files = s.resume  # those in out_dir may be an earlier run's until the first save
+        self.owns_files = s.resume  # until the first save, out_dir may hold an earlier run's
         self.step = 0
         self.seconds = 0.0  # of training
         self.best = math.inf
@@ -597,7 +599,7 @@ class Training:
             folder = processes.broadcast(lambda: stack.enter_context(find_data(s)))
             self.tokenizer = load_tokenizer(folder)
             self.corpus = Corpus(folder, self.tokenizer, s.block_size, s.seed)
-            processes.sum(0.0)  # until all have read it
+            processes.sum(0.0)  # wait until all have read it
         s.dataset = folder.name if s.dataset == "auto" else s.dataset
         self.dtype = processes.broadcast(lambda: choose_dtype(s.dtype, self.device))
         s.dtype = dtype_name(self.dtype)
@@ -618,14 +620,14 @@ class Training:
             self.engine = DistributedDataParallel(self.engine, process_group=processes.group)
 
     def share_sequences(self) -> list[range]:
-        """Return which of a step's sequences this process takes, one range a forward pass."""
+        """Return which of a step's sequences this process takes, one range per forward pass."""
         s = self.settings
         size = self.processes.size
         if self.sequences % size:
             raise UserError(
                 f"a step's {self.sequences} sequences (--batch_size={s.batch_size} times "
-                f"--gradient_accumulation_steps={s.gradient_accumulation_steps}) can't be shared "
-                f"by {size} processes; make them a multiple of {size}"
+                f"--gradient_accumulation_steps={s.gradient_accumulation_steps}) can't be divided "
+                f"among {size} processes; make them a multiple of {size}"
             )
         mine = self.sequences // size
         first = self.processes.rank * mine
@@ -643,8 +645,8 @@ class Training:
         self.update(*self.gradients())
 
     def gradients(self) -> tuple[float, float]:
-        """Compute the gradient of a step; return its loss, here, and the seconds it took. Raise a
-        UserError if it is not finite; if it is, the weights have been proved to be.
+        """Compute a step's gradient; return this process's loss and the seconds taken. Raise a
+        UserError if loss or gradient is not finite; if both are, so are the weights.
 
         All randomness of a step comes from the seed, the step and the index of a part's first
         sequence. So a checkpoint holds no generator's state, and more processes change dropout only
@@ -666,9 +668,7 @@ class Training:
             loss += part_loss.item()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), s.grad_clip or math.inf).item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise Diverged(
-                f"step {self.step + 1} has the loss {loss} and a gradient of norm {norm}"
-            )
+            raise Diverged(f"step {self.step + 1} has loss {loss} and gradient norm {norm}")
         return loss, time.perf_counter() - start
 
     def update(self, loss: float, seconds: float):
@@ -688,20 +688,20 @@ class Training:
         self.seconds += seconds
 
     def gradients_shared(self, last: bool):
-        """Return a context in which processes add up their gradients only after their last part."""
+        """Return a context in which processes average gradients only after their last part."""
         if self.processes.size == 1 or last:
             return contextlib.nullcontext()
         return self.engine.no_sync()
 
     def evaluate(self):
-        """Add a line to the log, with a sample, and save; show it on the screen, too."""
+        """Evaluate and sample, print and log the results, and save."""
         self.processes.broadcast(self.evaluate_and_write)
 
     def evaluate_and_write(self):
         s = self.settings
         result = evaluate(self.model, self.corpus, "val", "carried", self.autocast)
         if not math.isfinite(result["loss"]):
-            raise Diverged(f"the model of step {self.step} has the loss {result['loss']} on val")
+            raise Diverged(f"after step {self.step} the val loss is {result['loss']}")
         before = self.log[-1] if self.log else ROW
         per_step = self.sequences * s.block_size
         speed = (self.step - before["step"]) * per_step
@@ -731,7 +731,7 @@ class Training:
         self.write_log()
 
     def sample(self) -> str:
-        """Return text that starts a document, shown as it comes."""
+        """Return a sampled start of a document, printed as it is generated."""
         pieces = []
 
         def write(piece: str):
@@ -780,16 +780,16 @@ class Training:
         if self.progress() < before and new_rate > rate:
             self.processes.print0(
                 f"note: the run was {before:.0%} done, now it is {self.progress():.0%}, so its "
-                f"learning rates go back up, from {rate:.0%} to {new_rate:.0%} of their highest"
+                f"learning rates go back up, from {rate:.0%} to {new_rate:.0%} of their peaks"
             )
         if state["processes"] != self.processes.size:
             self.processes.print0(
                 f"note: {state['processes']} processes made {path}, now there are "
-                f"{self.processes.size}: sequences are the same, sums and dropout may differ"
+                f"{self.processes.size}: the data order is the same, sums and dropout may differ"
             )
 
     def make_moments(self):
-        """Let the optimizers make their state, by a step that changes nothing."""
+        """Initialize the optimizers' state by a step that changes nothing."""
         for p in self.model.parameters():
             p.grad = torch.zeros_like(p)
         for group in self.parameter_groups():
@@ -803,7 +803,7 @@ class Training:
 
     def write_checkpoint(self, better: bool):
         """Write the checkpoint, after the model if it is a `better` one; old files stay until new
-        ones are whole. A run that is killed in between does the same again.
+        ones are complete. A run killed in between repeats these steps when it is resumed.
         """
         state = self.state()
         if not all(x.isfinite().all() for x in leaves(state).values() if torch.is_tensor(x)):
@@ -837,7 +837,7 @@ class Training:
             write_whole(self.out / "samples.txt", samples.encode(errors="replace"))
         try:
             picture = draw_curves(self.log, self.losses, per_step)
-        except Exception as error:  # noqa: BLE001  of a wrong MPLBACKEND, say: no reason to stop
+        except Exception as error:  # noqa: BLE001  e.g. a wrong MPLBACKEND: no reason to stop
             print(f"note: loss.png can't be drawn ({short(error)})")
             return
         with self.saving():
@@ -850,21 +850,23 @@ class Training:
             self.out = Path(f"{self.out.resolve()}-{os.getpid()}")
             self.settings.out_dir = str(self.out)
             self.lock = None
-            print(f"note: the folder of this run has been deleted; it goes on in {self.out}")
+            print(f"note: this run's folder has been deleted; the run continues in {self.out}")
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             yield
         except OSError as error:
             last = self.out / "last.pt"
-            kept = "is still there" if last.exists() else "is not there either"
+            if last.exists():
+                advice = f"the earlier {last} is intact: fix the cause and continue with --resume"
+            else:
+                advice = f"{last} does not exist, either: fix the cause and start again"
             raise UserError(
-                f"step {self.step} can't be saved in {self.out} ({short(error)}); {last}, saved "
-                f"before, {kept}: fix the cause and continue with --resume"
+                f"step {self.step} can't be saved in {self.out} ({short(error)}); {advice}"
             ) from None
 
 
 def progress(s, step: int, seconds: float) -> float:
-    """Return the part of the training that is done, by steps or minutes, the further one."""
+    """Return the fraction of training done, by steps or by minutes, whichever is further."""
     by_time = seconds / 60 / s.max_minutes if s.max_minutes else 0.0
     return min(max(step / s.max_iters, by_time), 1.0)
 
@@ -887,20 +889,21 @@ def read_state(out: Path) -> dict:
         state = unpickle(path)
         lacking = {*STATE, "model", "optimizers"} - state.keys()
         if lacking:
-            raise ValueError(f"without {', '.join(sorted(lacking))}")
+            raise ValueError(f"it lacks {', '.join(sorted(lacking))}")
         lists = {"losses": [0.0] * len(state["losses"]), "log": [ROW] * len(state["log"])}
         check_like({name: state[name] for name in STATE}, {**STATE, **lists})
         wrong = wrong_setting(argparse.Namespace(**{**SETTINGS, **state["settings"]}))
         if wrong:
             raise ValueError(wrong)
         steps = [row["step"] for row in state["log"]]
-        if not 0 <= max(steps, default=0) <= state["step"] == len(state["losses"]):
+        within = 0 <= max(steps, default=0) <= state["step"]
+        if not within or state["step"] != len(state["losses"]):
             raise ValueError(f"step {state['step']} with {len(state['losses'])} losses")
         return state
 
 
 def leaves(x, name: str = "") -> dict:
-    """Return what dicts and lists hold at their ends, by dotted names."""
+    """Return the leaves of nested dicts and lists, by dotted names."""
     if not isinstance(x, dict | list):
         return {name: x}
     found = {}
@@ -920,7 +923,8 @@ def check_like(found, wanted):
 
 def describe(x) -> str:
     if torch.is_tensor(x):
-        return f"{tuple(x.shape)} {dtype_name(x.dtype)} {x.layout}{' without data' * x.is_meta}"
+        data = " without data" if x.is_meta else ""
+        return f"{tuple(x.shape)} {dtype_name(x.dtype)} {x.layout}{data}"
     return "NaN" if isinstance(x, float) and math.isnan(x) else type(x).__name__
 
 
@@ -942,27 +946,27 @@ def check_tokenizer(folder: Path, own: Tokenizer, data: Path, other: Tokenizer):
             difference = f"{a} in place of {b}"
             break
     raise UserError(
-        f"the checkpoint in {folder} has another tokenizer than {data}: {difference}; give the "
-        "flags of its training, or start without --resume"
+        f"the checkpoint in {folder} has a different tokenizer from {data}: {difference}; give the "
+        "flags it was trained with, or start without --resume"
     )
 
 
 def compiled(t: Training) -> nn.Module:
-    """Return the model by torch.compile, or itself where that does not work."""
+    """Return the compiled model, or the model itself where torch.compile does not work."""
     engine = torch.compile(t.model)
     try:
         inputs, targets = t.corpus.sequences(range(t.settings.batch_size), t.device)
         with t.autocast:
             engine(inputs, labels=targets, shift_labels=False).loss.backward()
     except (RuntimeError, OSError, ImportError, AssertionError, TypeError) as error:
-        t.processes.print0(f"note: this is without --compile, which fails here ({short(error)})")
+        t.processes.print0(f"note: running without --compile, which fails here ({short(error)})")
         engine = t.model
     t.model.zero_grad(set_to_none=True)
     return engine
 
 
 def draw_curves(log: list[dict], losses: list[float], tokens_per_step: int) -> bytes:
-    """Draw losses (that of every step, too), speed and learning rate over the tokens read."""
+    """Plot losses (of every step, too), speed and learning rate against the tokens read."""
     from matplotlib.figure import Figure  # a slow import, only where it is needed
 
     figure = Figure(figsize=(7, 7), layout="constrained")
@@ -996,7 +1000,7 @@ def train(t: Training):
     with told_to_stop(leads) as signals, bar.bar:
         while t.progress() < 1:
             loss, seconds = t.gradients()
-            if unsaved:  # the loss is finite, so these weights are worth it
+            if unsaved:  # the loss is finite, so these weights are worth saving
                 t.save(better=not t.log)
                 unsaved = False
             if stopped:
@@ -1012,11 +1016,12 @@ def train(t: Training):
                 bar.bar.clear()
                 t.evaluate()
                 stopped = t.processes.sum(len(signals))[0] > 0
-            else:  # as soon as a step has succeeded the run can be resumed
+            else:  # step 1 too, so that a run can be resumed from its start on
                 unsaved = stopped or t.step == 1 or t.step % s.save_interval == 0
     if stopped:
         t.processes.print0(f"stopped and saved at step {t.step}; --resume continues")
-        sys.exit(128 + (signals or [signal.SIGINT])[0])
+        number = signals[0] if signals else signal.SIGINT  # another process got it
+        sys.exit(128 + number)
 
 
 def train_and_report(s, processes: Distributed, lock: os.stat_result):
@@ -1030,7 +1035,7 @@ def train_and_report(s, processes: Distributed, lock: os.stat_result):
         f"{parameters:,} parameters on {t.device}, {dtype_name(t.dtype)}, {threads}; {splits}"
     )
     if s.resume and processes.rank == 0:
-        t.write_log()  # that of a run that was killed may be ahead of its checkpoint
+        t.write_log()  # a killed run's log may be ahead of its checkpoint
     train(t)
     if processes.rank == 0:
         model, _ = load_model(s.out_dir)
@@ -1045,7 +1050,7 @@ def evaluate_only(s, processes: Distributed):
         corpus = Corpus(data, tokenizer, s.block_size, s.seed)
     last = Path(s.out_dir) / "last.pt"
     if last.exists() and read_state(last.parent)["text"]["checksum"] != corpus.checksum():
-        print(f"note: {data} is not what this model was trained on: it may know these texts")
+        print(f"note: this model was not trained on {data}; it may have seen these texts")
     autocast = make_autocast(processes.device, choose_dtype(s.dtype, processes.device))
     splits = ["val"]
     if "test" in corpus.counts and "test" not in (s.train_split, s.val_split):
@@ -1068,13 +1073,13 @@ def main(arguments: list[str] | None = None):
                 processes.broadcast(lambda: evaluate_only(s, processes))
                 return
             if s.resume:
-                last_checkpoint(Path(s.out_dir))  # is there, or no folder is made
-            busy = f"another run is at work in {s.out_dir}: wait, or choose another --out_dir"
+                last_checkpoint(Path(s.out_dir))  # raises before a folder is made
+            busy = f"another run is using {s.out_dir}: wait, or choose another --out_dir"
             lock = processes.broadcast(lambda: stack.enter_context(locked(Path(s.out_dir), busy)))
             train_and_report(s, processes, lock)
     except UserError:
         if os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("LOCAL_RANK", "0") != "0":
-            sys.exit(2)  # one sentence is enough
+            sys.exit(2)  # one process's message is enough
         raise
     finally:
         if processes is not None:

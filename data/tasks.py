@@ -962,7 +962,7 @@ def run_task(name: str, s):
     dtype = choose_dtype(s.dtype, device)
     autocast = make_autocast(device, dtype)
     folder = Path(s.out_dir).expanduser()
-    with locked(folder, f"another run is at work in {folder}; choose another --out_dir"):
+    with locked(folder, f"another run is using {folder}; choose another --out_dir"):
         if (folder / "result.json").exists():
             raise UserError(
                 f"{folder} has the result of an earlier run; delete or rename it, or choose "

@@ -1,4 +1,4 @@
-"""Nine exercises. Write a function, then see whether its test passes:
+"""Ten exercises. Write a function, then see whether its test passes:
 
     pytest data/lecture/exercises.py                 # all; an unwritten one fails
     pytest data/lecture/exercises.py -k half_life    # one of them
@@ -47,6 +47,15 @@ def join(first: tuple, second: tuple) -> tuple:
     This is the operation with which `scan` needs log2(K) rounds for K pieces, not K.
     """
     raise NotImplementedError("write join")
+
+
+def complex_kernel(u: Tensor, q: Tensor, theta: Tensor, g: Tensor, length: int) -> Tensor:
+    """The kernel (length,) of one channel whose states also rotate, as in S4D and Megalodon.
+
+    u, q, theta, g (N,) are real; h_t = q e^{i theta} h_{t-1} + u x_t, and y_t is the real part of
+    the sum of g h_t. At theta = 0 that is MEGA's kernel.
+    """
+    raise NotImplementedError("write complex_kernel")
 
 
 def cached_numbers(config: MegaConfig, length: int) -> int:
@@ -152,6 +161,19 @@ def test_join():
     expected = ema_recurrent(x, u, q, g, h)[1]
     for decay, new in (left, right):
         torch.testing.assert_close(decay * h + new, expected)
+
+
+@pytest.mark.parametrize("length", [1, 6])
+def test_complex_kernel(length):
+    u, q, g = (t[0] for t in coefficients(2))
+    theta = torch.tensor([0.0, 0.5, 2.0, math.pi], dtype=torch.float64)
+    h = torch.zeros(4, dtype=torch.complex128)
+    expected = []
+    for x in [1.0] + [0.0] * (length - 1):
+        h = torch.polar(q, theta) * h + u * x
+        expected.append((g * h).sum().real)
+    found = complex_kernel(u, q, theta, g, length)
+    torch.testing.assert_close(found, torch.stack(expected))
 
 
 def decoder(**changes) -> MegaConfig:

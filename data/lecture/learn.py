@@ -45,7 +45,7 @@ class Transformers(nn.Module):
     """transformers' MEGA with the initial weights of ours, called as ours is in train.py.
 
     It lacks the final norm and the embedding's scale; its feature dropout drops whole chunks
-    (fault 17 in the README), so that it has the plain one.
+    (fault 17 in checkpoints.md), so it has the plain one here.
     """
 
     def __init__(self, s, codec):

@@ -37,8 +37,14 @@ def join(first: tuple, second: tuple) -> tuple:
     return q1 * q2, q2 * s1 + s2
 
 
+def complex_kernel(u: Tensor, q: Tensor, theta: Tensor, g: Tensor, length: int) -> Tensor:
+    """(q e^{i theta})^l has the real part q^l cos(theta l)."""
+    lags = torch.arange(length).unsqueeze(1)  # (length, 1)
+    return (g * u * q**lags * torch.cos(theta * lags)).sum(dim=1)
+
+
 def cached_numbers(config: MegaConfig, length: int) -> int:
-    """The states of the averages, and keys and values of the open chunk; a full one is dropped."""
+    """EMA states, and keys and values of the unfinished chunk; those of a full one are dropped."""
     states = config.hidden_size * config.ema_projection_size
     positions = length % config.chunk_size if config.use_chunking else length
     each = config.shared_representation_size + config.intermediate_size
