@@ -1681,7 +1681,7 @@ class TestEMA:
             (lambda: truncated(x, mode="blockwise"), "only direct and fft can"),
             (lambda: causal(x, state=state, mode="fft"), "state"),
             (lambda: both(x, state=state), "state"),
-            (lambda: causal(x, state=state[..., :2]), r"state must be .*\(1, 8, 3\)"),
+            (lambda: causal(x, state=state[..., :2]), r"state must have .*\(1, 8, 3\)"),
             (lambda: ema_blockwise(x, *causal.coefficients(), block=0), "block"),
             (lambda: causal(x[..., :5]), r"x must have non-empty shape \(B, L, 8\)"),
             (lambda: causal(x[0]), r"got \(4, 8\)"),
@@ -4348,8 +4348,7 @@ class TestTrain:
             run.share_sequences()
         assert str(refused.value) == (
             "a step's 2 sequences (--batch_size=2 times --gradient_accumulation_steps=1) can't be "
-            "shared "
-            "by 3 processes; make them a multiple of 3"
+            "divided among 3 processes; make them a multiple of 3"
         )
 
     def test_parts_of_a_step_are_shared_without_remainder(self, corpus, data, tmp_path):
@@ -4999,7 +4998,7 @@ class TestTrain:
         if split != "train":  # with another training text the tokenizer is another, too
             assert call(train.main, f"--out_dir={out}", "--eval_only", "--contexts=carried") == 0
             said = capsys.readouterr().out
-            assert "is not what this model was trained on" in said and "val, carried" in said
+            assert "this model was not trained on" in said and "val, carried" in said
 
     def test_an_evaluation_takes_the_dtype_that_is_fast_here(self, trained, monkeypatch):
         out, _ = trained
@@ -6314,7 +6313,7 @@ class TestFaults:
                 logits = model(expected, token_type_ids=types_so_far, **encoder).logits
                 expected = torch.cat([expected, logits[:, -1:].argmax(-1)], 1)
             assert torch.equal(found, expected)
-        with pytest.raises(ValueError, match="against the encoder's positions"):
+        with pytest.raises(ValueError, match="relative to the encoder's positions"):
             shared_lm(**options | {"use_chunking": False}).generate(
                 ids, 2, attention_mask=torch.tensor([[0, 1, 1], [1, 1, 1]]), **encoder
             )
