@@ -793,13 +793,13 @@ WRONG_FLAGS = {
         "--device=abacus": "--device=abacus can't be used here",
         "--device=": "--device= can't be used here",
         "--threads=-2": "--threads must be 0 or more, got -2",
-        "--seed=-1": "--seed must be from 0 to 2^63 - 1, got -1",
+        "--seed=-1": "--seed must be 0 or more, got -1",
         "--seed=99999999999999999999": "--seed must be 0 or more, got 99999999999999999999",
         "--tokenizer=words": "--tokenizer must be one of auto, bpe, bytes, gpt2, got 'words'",
         "--eval_chunk_size=-1": "--eval_chunk_size must be 0 or more, got -1",
         "--vocab_size=3": "vocab_size must be from 257",
         "--vocab_size=99999999": "vocab_size must be from 257",
-        "--train_split=best": "a split is train, val, test, not 'best'",
+        "--train_split=best": "a split must be one of train, val, test, got 'best'",
         "--source=nowhere": "nowhere does not exist; give a text file, a zip or a folder",
         "--source=http://127.0.0.1:9/no.zip": "http://127.0.0.1:9/no.zip could not be downloaded",
         "--out_dir=": "--out_dir must be non-empty, got ''",
@@ -924,7 +924,7 @@ WRONG_FILES = [  # of out/: new content, or None, or a function of the old one
     ("train --resume", "last.pt", lambda old: old[: len(old) // 2], "last.pt can't be read"),
     ("train --resume", "last.pt", None, "has a model and no last.pt, the file with weights and"),
     ("train --resume", "last.pt", lambda old: pickled([1, 2]), "last.pt can't be read"),
-    ("train --resume", "last.pt", lambda old: pickled({"step": 3}), "without best, log, losses"),
+    ("train --resume", "last.pt", lambda old: pickled({"step": 3}), "it lacks best, log, losses"),
     ("train --resume", "last.pt", state_with(optimizers=[]), "last.pt does not fit"),
     ("train --resume", "last.pt", state_with(optimizers=None), "last.pt does not fit"),
     ("train --resume", "last.pt", part_of_state("model", EMBEDDING, torch.zeros(2, 16)),
@@ -3794,7 +3794,7 @@ async def function():
             prepare.PUBLISHED, "wikitext-2", known | {"lines": known["lines"] | {"train": 1}}
         )
         with pytest.raises(
-            common.UserError, match=r"other lines than it should: train 45 \(not 1\)"
+            common.UserError, match=r"the wrong number of lines: train 45 \(not 1\)"
         ):
             prepare.prepare("wikitext-2")
         monkeypatch.setitem(prepare.PUBLISHED, "wikitext-2", known)
@@ -3840,7 +3840,7 @@ async def function():
         assert "has 400 bytes, shakespeare 1,115,394" in capsys.readouterr().out
         assert [*prepare.read_meta(folder)["splits"]] == ["train", "val"]
         (tmp_path / "two.txt").write_text("more", encoding="utf-8")
-        with pytest.raises(common.UserError, match="several texts, shakespeare is one"):
+        with pytest.raises(common.UserError, match="has several files, not just one"):
             prepare.prepare("shakespeare", str(tmp_path))
 
     def test_robertas_words_are_cut_as_gpt2s_are(self, roberta):
@@ -3946,7 +3946,7 @@ async def function():
 
     @pytest.mark.parametrize(("name", "content", "message"), [
         ("t.txt.gz", gzip.compress(words(0, 9).encode()), "unpack this archive first"),
-        ("t.tar", tar_of("a.txt", words(0, 9).encode()), "it has zero bytes; unpack this archive"),
+        ("t.tar", tar_of("a.txt", words(0, 9).encode()), "it has null bytes; unpack this archive"),
         ("t.docx", zipfile_of({"[Content_Types].xml": b"<x/>", "word/document.xml": b"<x/>"}),
          "is an Office document; convert it first: save it as plain text"),
         ("t.zip", zipfile_of({"a.csv": b"a,b"}), "only a.csv; convert it first"),
@@ -3983,7 +3983,7 @@ async def function():
         monkeypatch.setattr(Path, "read_bytes", None)  # nothing may be read
         monkeypatch.setattr(zipfile.ZipFile, "read", None)
         for name in ("large.txt", "large.zip"):
-            with pytest.raises(common.UserError, match=f"{name} holds .* of text; at most"):
+            with pytest.raises(common.UserError, match=f"{name} holds .* of text; the limit is"):
                 prepare.prepare(str(tmp_path / name))
 
     @pytest.mark.parametrize("change", [
@@ -4075,7 +4075,7 @@ async def function():
             (folder / name).write_text(words(0, 100), encoding="utf-8")
         prepare.prepare(str(folder), tokenizer="bytes")
         said = capsys.readouterr().out
-        assert "not read, for their endings: b.pdf, c.pdf, test.csv, ..." in said
+        assert "for their extensions: b.pdf, c.pdf, test.csv, ..." in said
 
     def test_a_zip_with_the_separators_of_windows_has_its_splits(self, data, tmp_path):
         files = {"c\\train\\a.txt": words(0, 99), "c\\test\\b.txt": words(1, 99)}
@@ -4084,7 +4084,7 @@ async def function():
 
     @pytest.mark.skipif(not Path("/dev/zero").exists(), reason="needs a device that never ends")
     def test_a_device_is_no_text(self, data):
-        with pytest.raises(common.UserError, match="/dev/zero is no file and no folder"):
+        with pytest.raises(common.UserError, match="/dev/zero is not a file or folder"):
             prepare.prepare("/dev/zero")
 
     @pytest.mark.parametrize("name", ["train.bin", "meta.json"])
@@ -4092,7 +4092,7 @@ async def function():
         (tmp_path / "mine.txt").write_text(words(0, 100), encoding="utf-8")
         (data / "mine").mkdir(parents=True)
         (data / "mine" / name).write_text("[]")
-        with pytest.raises(common.UserError, match=f"mine has a {name} that was not made here"):
+        with pytest.raises(common.UserError, match=f"mine has a {name} not made by this script"):
             prepare.prepare(str(tmp_path / "mine.txt"))
         assert [p.name for p in (data / "mine").iterdir()] == [name]
         (data / "mine" / name).unlink()
@@ -6626,14 +6626,14 @@ class TestLecture:
     def test_a_wrong_flag_of_an_experiment_or_figure_is_one_sentence(self, capsys, masked):
         folder, _, _ = masked
         for main, flags, message in (
-            (experiments.main, ["memry"], "no experiment 'memry'; choose of "),
+            (experiments.main, ["memry"], "no experiment 'memry'; choose from "),
             (experiments.main, ["dims", "--steps=0"], "--steps must be at least 1, got 0"),
             (experiments.main, ["dims", "--seeds=0"], "--seeds must be at least 1, got 0"),
             (experiments.main, ["memory", "--model=nowhere"], "there is no checkpoint in nowhere"),
-            (experiments.main, ["border", f"--model={folder}"], "is no decoder with chunks"),
-            (experiments.main, ["cache", f"--model={folder}"], "is no decoder with chunks"),
-            (draw.main, ["memry"], "no figure 'memry'; choose of "),
-            (draw.main, ["kernels", f"--model={folder}"], "is no decoder with chunks"),
+            (experiments.main, ["border", f"--model={folder}"], "is not a decoder with chunks"),
+            (experiments.main, ["cache", f"--model={folder}"], "is not a decoder with chunks"),
+            (draw.main, ["memry"], "no figure 'memry'; choose from "),
+            (draw.main, ["kernels", f"--model={folder}"], "is not a decoder with chunks"),
             (draw.main, ["cost", "--nanogpt=none.py"], "there is no file none.py"),
             (learning.main, ["--nanogpt=none.py"], "there is no file none.py"),
         ):

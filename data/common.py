@@ -1,4 +1,4 @@
-"""What the scripts share: errors in one sentence, flags, files written whole, memory."""
+"""What the scripts share: one-sentence errors, flags, atomic file writes, memory settings."""
 
 import argparse
 import contextlib
@@ -17,22 +17,22 @@ import filelock
 
 
 class UserError(Exception):
-    """Something that the user can mend, said in one sentence."""
+    """An error that the user can fix, explained in one sentence."""
 
 
 class DownloadError(UserError):
-    """A file of the network that can't be had now."""
+    """A file that can't be downloaded at the moment."""
 
 
 def short(error: Exception) -> str:
-    """An exception in few words, on one line."""
+    """Describe an exception briefly, on one line."""
     reason = error if isinstance(error, urllib.error.HTTPError) else getattr(error, "reason", error)
     return " ".join(f"{type(error).__name__}: {reason}".split())[:160]
 
 
 @contextlib.contextmanager
 def reading(problem: str):
-    """Turn whatever a reader raises about a damaged file into one sentence: `problem` and why."""
+    """Turn any exception from reading a damaged file into a UserError: `problem` and why."""
     try:
         yield
     except (UserError, FileNotFoundError, MemoryError):
@@ -42,13 +42,13 @@ def reading(problem: str):
 
 
 def write_whole(path: Path, content):
-    """Write a file under another name, then rename it: it is never seen half-written."""
+    """Write a file atomically: under a temporary name first, then rename it."""
     part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
     try:
         with part.open("wb") as file:
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())  # on the disk before its name is, should the power go
+            os.fsync(file.fileno())  # contents on disk before the rename, in case of power loss
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
@@ -56,11 +56,11 @@ def write_whole(path: Path, content):
 
 @contextlib.contextmanager
 def locked(folder: Path, busy: str, wait: bool = False):
-    """Keep a folder for this process; if another has it, say so, and wait for its end or raise.
+    """Lock a folder for this process; if another holds it, say so, then wait for it or raise.
 
-    Yield what os.stat says of the lock: if it says otherwise later, the folder has been deleted.
-    The system frees the lock when a process dies; of one that was killed this removes the parts of
-    files that it was writing.
+    Yield os.stat of the lock file: if that differs later, the folder has been deleted.
+    The system releases the lock when a process dies; partial files that a killed process left
+    behind are removed here.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(folder / "lock")
@@ -80,10 +80,10 @@ def locked(folder: Path, busy: str, wait: bool = False):
 
 
 def set_aside(folder: Path, names: tuple) -> Path | None:
-    """Move those files of an earlier run that are there to folder/previous-1, -2, ...
+    """Move whichever of these files an earlier run left to folder/previous-1, -2, ...
 
-    They have both names before one is taken away, so whenever we are killed they are whole in one
-    place.
+    All are linked or copied there before any is removed here, so if we are killed at any moment,
+    a complete set remains in one place.
     """
     found = [name for name in names if (folder / name).exists()]
     if not found:
@@ -92,10 +92,10 @@ def set_aside(folder: Path, names: tuple) -> Path | None:
     part = folder / f"previous-{number}.part"
     part.mkdir(exist_ok=True)
     for name in found:
-        (part / name).unlink(missing_ok=True)  # of a run that was killed here
+        (part / name).unlink(missing_ok=True)  # left by a run killed at this point
         try:
             os.link(folder / name, part / name)
-        except OSError:  # some file systems have no second names
+        except OSError:  # some file systems have no hard links
             shutil.copy2(folder / name, part / name)
     previous = part.rename(folder / f"previous-{number}")
     for name in found:
@@ -125,23 +125,23 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(main):
-    """Call a script's main(); a mistake of the user's ends it with one sentence and exit code 2."""
+    """Call a script's main(); a user error ends it with a one-sentence message and exit code 2."""
     script = Path(sys.argv[0]).name
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the shell, as in `python train.py >&-`
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-        # A character that a terminal lacks must not end the script; a notebook's streams know all.
+        # A character the terminal can't encode must not end the script; notebooks encode them all.
         getattr(getattr(sys, name), "reconfigure", lambda **_: None)(errors="replace")
     try:
         main()
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader of our output left
+    except BrokenPipeError:  # the process reading our output has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except KeyboardInterrupt:
         print(f"\n{script}: stopped", file=sys.stderr)
         sys.exit(130)
-    except BaseException as error:  # SystemExit, too, for which there is no sentence
+    except BaseException as error:  # SystemExit too, which has no message and is re-raised
         text = one_sentence(error)
         if text is None:
             raise
@@ -150,9 +150,9 @@ def run(main):
 
 
 def one_sentence(error: BaseException) -> str | None:
-    """Say what the user can mend; None for an error that is not the user's but ours."""
-    if type(error).__name__ == "PanicException":  # of tiktoken's Rust
-        return f"the tokenizer fails on this text ({short(error)}); are there very long blanks?"
+    """Return a message for an error that the user can fix; None for a bug of our own."""
+    if type(error).__name__ == "PanicException":  # from tiktoken's Rust code
+        return f"the tokenizer fails on this text ({short(error)}); any long runs of whitespace?"
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError):
@@ -165,9 +165,9 @@ def one_sentence(error: BaseException) -> str | None:
 
 
 def read_flags(arguments, about: str, file: Path, settings: dict, also_called: dict) -> dict:
-    """Return the values of the settings that a command line names.
+    """Return the values of the settings given on a command line.
 
-    A setting's comment in the file is its help; also_called has other people's names of settings.
+    A setting's comment in the file is its help; also_called maps names used elsewhere to ours.
     """
     comments = dict(re.findall(r"(?m)^(\w+) = .*?  # (.*)$", file.read_text("utf-8")))
     parser = Parser(about)
@@ -206,7 +206,7 @@ def flag_reader(default):
 
 
 def keep_big_blocks():
-    """Let glibc keep freed memory, or each step would fault all its pages in anew."""
+    """Let glibc keep freed memory; otherwise each step would fault in all its pages again."""
     with contextlib.suppress(OSError, AttributeError):  # other C libraries have no mallopt
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-3, 1 << 30) or libc.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, or its old limit

@@ -1,4 +1,4 @@
-"""What the machine does for us: devices, its fastest dtype, several processes, and signals."""
+"""What depends on the machine: devices, the fastest dtype, multiple processes, and signals."""
 
 import contextlib
 import datetime
@@ -45,11 +45,11 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 @functools.cache
 def bfloat16_is_faster() -> bool:
-    """Time products of matrices: without instructions for bfloat16 they take up to 200 times as
-    long as in float32, with them half as long.
+    """Time matrix products: without bfloat16 instructions they take up to 200 times as long as in
+    float32, with them half as long.
     """
     seconds = {torch.float32: [], torch.bfloat16: []}
-    for size in (64, 512, 512):  # the first calls of all load libraries
+    for size in (64, 512, 512):  # the very first calls load libraries
         for dtype, found in seconds.items():
             x = torch.ones(size, size, dtype=dtype)
             start = time.perf_counter()
@@ -67,7 +67,7 @@ LONG = datetime.timedelta(hours=8)  # the others wait while the first one evalua
 
 
 def memory_of_machine() -> float:
-    """Return the bytes of memory that there are; infinity where the system can't say."""
+    """Return the machine's memory in bytes; infinity where the system doesn't report it."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError):  # on Windows
@@ -75,7 +75,7 @@ def memory_of_machine() -> float:
 
 
 class Distributed:
-    """The processes that torchrun started, or this one alone. The first is the one that writes."""
+    """The processes that torchrun started, or just this one. Only rank 0 writes anything."""
 
     def __init__(self, device: str):
         self.size = max(number_in_environment("WORLD_SIZE", 1), 1)
@@ -102,7 +102,7 @@ class Distributed:
             print(text, flush=True)
 
     def sum(self, *values: float) -> list[float]:
-        """Return the sums of numbers over all processes."""
+        """Return the sum of each value over all processes."""
         if self.size == 1:
             return [*values]
         shared = torch.tensor(values, dtype=torch.float64, device=self.device)
@@ -110,8 +110,8 @@ class Distributed:
         return shared.tolist()
 
     def broadcast(self, work):
-        """Return what `work()` returns in the first process, for which the others wait; if it fails
-        there by a mistake of the user's, raise the same error everywhere.
+        """Run `work()` in the first process while the others wait, and return its result in all;
+        if it fails there with a user error, raise the same error everywhere.
         """
         found = [None, None]
         if self.rank == 0:
@@ -128,7 +128,7 @@ class Distributed:
         return found[0]
 
     def check_same(self, settings: dict):
-        """Raise a UserError if a process was started with other settings than the first."""
+        """Raise a UserError if a process was started with different settings from the first."""
         if self.size == 1:
             return
         found = [None] * self.size
@@ -165,7 +165,7 @@ def told_to_stop(leads: bool):
     def interrupt(number, _):
         stop.append(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        if leads:  # print() may just be at work, and can't be called again within itself
+        if leads:  # print() may be running at this moment, and it is not reentrant
             with contextlib.suppress(OSError):
                 os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")
 
@@ -182,7 +182,7 @@ class ProgressBar:
 
     def __init__(self, leads: bool, progress: float):
         form = "{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
-        hidden = None if leads and sys.stderr else True  # None: without a terminal
+        hidden = None if leads and sys.stderr else True  # None: hidden if there is no terminal
         self.bar = tqdm(total=1.0, initial=progress, bar_format=form, leave=False, disable=hidden)
         self.lines = leads and self.bar.disable
         self.last_line = time.monotonic()

@@ -3,15 +3,15 @@
     python data/prepare.py wikitext-2            # downloads it (or wikitext-103)
     python data/prepare.py wikitext-2 --source FILE_OR_FOLDER_OR_URL
     python data/prepare.py shakespeare           # tiny Shakespeare, 1.1 MB (or enwik8, 100 MB)
-    python data/prepare.py pydocs                # English that ships with Python, no network
+    python data/prepare.py pydocs                # Python's own documentation; needs no network
     python data/prepare.py my_text.txt           # a text file, or a folder or zip of them
 
-Files or folders called train, valid (or val) and test are these splits; a missing one is cut from
-the training text. Names that begin with a dot are passed over.
+Files or folders named train, valid (or val) and test become those splits; a missing one is cut from
+the training text. Names that begin with a dot are skipped.
 
-It writes data/<name>/{train,val,test}.bin (token ids, the smallest unsigned integers that hold the
+It writes data/<name>/{train,val,test}.bin (token ids, in the smallest unsigned type that fits the
 vocabulary), the tokenizer (tokenizer.tiktoken, tokenizer_meta.json) and, last, meta.json: how the
-data were made, and the documents, bytes, words and tokens of each split.
+data were made, and the counts of documents, bytes, words and tokens in each split.
 """
 
 import ast
@@ -39,7 +39,7 @@ import tiktoken
 from tqdm import tqdm
 
 DATA = Path(__file__).resolve().parent
-if not __package__:  # run as a script, Python looks for modules in data/ alone
+if not __package__:  # run as a script: Python then searches only data/ for modules
     sys.path.insert(0, str(DATA.parent))
 
 from data.common import (
@@ -53,8 +53,8 @@ from data.common import (
     write_whole,
 )
 
-# Addresses in the order to try; size and sha256 of what they give, if known. A WikiText's files are
-# its splits, each with so many lines. Others are one text of so many bytes, cut by percent.
+# URLs in the order to try; size and sha256 of the download, where known. WikiText has one file
+# per split, with the given number of lines; the others are one text, cut by `percent`.
 PUBLISHED = {
     "wikitext-2": {
         "urls": [
@@ -86,12 +86,12 @@ PUBLISHED = {
 SPLITS = {"train": "train", "val": "valid|val|validation|dev", "test": "test"}
 ENDINGS = {".txt", ".md", ".rst", ".raw", ".tokens", ".text"}  # of text files
 ARCHIVES = {".gz", ".tgz", ".tar", ".bz2", ".xz", ".zst", ".7z", ".rar"}
-VERSION = 3  # of how texts are read; what an older one prepared is made anew
-LARGEST_TEXT = 4 << 30  # bytes: a text is read whole
+VERSION = 3  # of how texts are read; data from an older version are prepared again
+LARGEST_TEXT = 4 << 30  # bytes, since a text is read into memory as a whole
 LARGEST_VOCABULARY = 1 << 20  # tokens
-TAKEN = ("small", "lecture")  # folders in data/ that are no datasets
+TAKEN = ("small", "lecture")  # folders in data/ that are not datasets
 TOKENIZERS = ("auto", "bpe", "bytes", "gpt2")
-# GPT-2's way to cut text into words, written without look-ahead, which rustbpe does not know.
+# Like GPT-2's pattern for splitting text into words, but without look-ahead, which rustbpe lacks.
 WORD_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+"
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 BYTE_PATTERN = r"[\s\S]"
@@ -102,10 +102,10 @@ BYTE_PATTERN = r"[\s\S]"
 
 @dataclass
 class Tokenizer:
-    """Byte-level BPE in tiktoken: `ranks` are its tokens in the order of merging, and their ids.
+    """Byte-level BPE in tiktoken: `ranks` maps each token to its id, which is its merge rank.
 
-    `end_of_text` stands before each document; it may be one more id after those of `ranks`.
-    `mask` is the last id, of a <mask>; without it, a <mask> in a text is six characters.
+    `end_of_text` precedes each document; it is an id in `ranks`, or the next one after them.
+    `mask` is the last id, that of <mask>; if None, <mask> in a text is six ordinary characters.
     """
 
     ranks: dict[bytes, int]
@@ -142,7 +142,7 @@ class Tokenizer:
 
 
 class RobertaTokenizer:
-    """RoBERTa's: GPT-2's byte-level BPE in tiktoken, with ids of its own and special tokens.
+    """GPT-2's byte-level BPE in tiktoken, with RoBERTa's own ids and special tokens.
 
     `vocab` (vocab.json) gives each token's id, `merges` (merges.txt) the pairs to merge, in order.
     """
@@ -150,7 +150,7 @@ class RobertaTokenizer:
     def __init__(self, vocab: dict[str, int], merges: list[list[str]]):
         plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
         others = [byte for byte in range(256) if byte not in plain]
-        # GPT-2 writes each byte as a character that can be seen: a space is Ġ.
+        # GPT-2 writes each byte as a printable character: a space is Ġ.
         characters = {chr(byte): byte for byte in plain}
         characters |= {chr(256 + i): byte for i, byte in enumerate(others)}
         written = {bytes([byte]): character for character, byte in characters.items()}
@@ -166,14 +166,14 @@ class RobertaTokenizer:
             special_tokens={name: len(ranks) + i for i, name in enumerate(special)},
         )
         ids = [vocab.get(name, vocab["<unk>"]) for name in written.values()]
-        self.ids = [*ids, *(vocab[name] for name in special)]  # of tiktoken's ranks
+        self.ids = [*ids, *(vocab[name] for name in special)]  # indexed by tiktoken's ranks
         self.bytes = dict(zip(ids, written, strict=True))
-        self.bytes.pop(vocab["<unk>"], None)  # any byte that the vocabulary lacks
+        self.bytes.pop(vocab["<unk>"], None)  # it stands for any byte the vocabulary lacks
         self.start, self.end_of_text, self.mask = vocab["<s>"], vocab["</s>"], vocab.get("<mask>")
         self.size = max(vocab.values()) + 1
 
     def encode(self, text: str) -> list[int]:
-        """The ids of <s> and the text, in which special tokens are what they are called."""
+        """The ids of <s> and the text; special tokens spelt out in the text are recognised."""
         text = re.sub(r"\s+<mask>", "<mask>", text)  # a mask stands for a word and its space
         return [
             self.start,
@@ -198,7 +198,7 @@ def load_roberta(vocab: str | Path, merges: str | Path) -> RobertaTokenizer:
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a tokenizer's file; ValueError for more than a vocabulary can have."""
+    """The non-empty lines of a tokenizer file; ValueError if more than a vocabulary can have."""
     content = path.read_bytes()
     if content.count(b"\n") > LARGEST_VOCABULARY:
         raise ValueError(f"{path.name} has more than {LARGEST_VOCABULARY:,} lines")
@@ -207,11 +207,11 @@ def read_lines(path: Path) -> list[str]:
 
 
 def check_ranks(ranks, most: int):
-    """Raise a ValueError unless all ranks are integers from 0 to most - 1, each there once."""
+    """Raise a ValueError unless all ranks are distinct integers from 0 to most - 1."""
     seen = set()
     for rank in ranks:
         if type(rank) is not int or not 0 <= rank < most or rank in seen:
-            raise ValueError(f"the rank {rank} stands there twice, or is not from 0 to {most - 1}")
+            raise ValueError(f"the rank {rank} occurs twice, or is not from 0 to {most - 1}")
         seen.add(rank)
 
 
@@ -254,14 +254,14 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path):
 
 
 def check_pattern(tokenizer: Tokenizer):
-    """Raise a ValueError if a tokenizer's pattern does not cut a text into parts."""
+    """Raise a ValueError unless a tokenizer's pattern splits a text without losing any of it."""
     text = " A cat: 猫 42\n\n"
     try:
         found = tokenizer.decode(tokenizer.encode(text))
-    except BaseException as error:  # noqa: BLE001  a panic of tiktoken's Rust is no Exception
+    except BaseException as error:  # noqa: BLE001  a Rust panic in tiktoken is not an Exception
         raise ValueError(f"its pattern fails: {error}") from None
     if found != text:
-        raise ValueError(f"its pattern makes {found!r} of {text!r}")
+        raise ValueError(f"its pattern turns {text!r} into {found!r}")
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
@@ -293,8 +293,8 @@ TIMEOUT = 20  # seconds without an answer before a download is given up
 
 
 def download(url: str, path: Path, size: int | None = None, sha256: str | None = None):
-    """Fetch a file, checked; DownloadError, and nothing left, if it is not the one, or no zip where
-    `path` has that ending.
+    """Download and check a file; raise a DownloadError and leave nothing behind if it is not the
+    expected one, or is not a zip file although `path` ends in .zip.
     """
     new = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -305,7 +305,7 @@ def download(url: str, path: Path, size: int | None = None, sha256: str | None =
         if sha256 and hashlib.sha256(new.read_bytes()).hexdigest() != sha256:
             raise DownloadError(f"{url} is not the expected file: its sha256 differs")
         if path.suffix == ".zip" and not zipfile.is_zipfile(new):
-            raise DownloadError(f"{url} gave something else than a zip file")
+            raise DownloadError(f"{url} did not return a zip file")
         os.replace(new, path)
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise DownloadError(f"{url} could not be downloaded ({short(error)})") from None
@@ -314,7 +314,7 @@ def download(url: str, path: Path, size: int | None = None, sha256: str | None =
 
 
 def copy_url(url: str, path: Path):
-    """Copy the body of an answer to a file, with a progress bar; OSError if it breaks off."""
+    """Copy the body of a response to a file, with a progress bar; OSError if it is cut short."""
     # Some hosts answer 403 to Python's own User-Agent.
     request = urllib.request.Request(url, headers={"User-Agent": "mega/1.0"})
     with urllib.request.urlopen(request, timeout=TIMEOUT) as answer, path.open("wb") as file:
@@ -328,15 +328,15 @@ def copy_url(url: str, path: Path):
 
 
 def decode(content: bytes, name: str) -> str:
-    """The text of a file, in which lines end as Python's do."""
+    """The text of a file, with all line endings converted to newlines."""
     try:
-        text = content.decode("utf-8-sig")  # without the mark that Windows puts in front
+        text = content.decode("utf-8-sig")  # without the byte order mark that Windows adds
     except UnicodeDecodeError as error:
         byte = content[error.start]
         what = f"is not UTF-8: byte 0x{byte:02x} at offset {error.start}"
         raise UserError(f"{name} {what}; {how_to_convert(name)}") from None
     if "\0" in text:
-        raise UserError(f"{name} is no text: it has zero bytes; {how_to_convert(name)}")
+        raise UserError(f"{name} is not text: it has null bytes; {how_to_convert(name)}")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -347,7 +347,7 @@ def how_to_convert(name: str) -> str:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a part of a path begins with a dot, or is a Mac's folder of notes."""
+    """Whether a part of a path begins with a dot, or is macOS's metadata folder in a zip."""
     return any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(name).parts)
 
 
@@ -360,8 +360,8 @@ def check_exists(source: str):
     path = Path(source)
     if not source or is_url(source) or path.is_file() or path.is_dir():
         return
-    if path.exists():  # /dev/zero never ends
-        raise UserError(f"{source} is no file and no folder; give a text file, a zip or a folder")
+    if path.exists():  # a device, say: /dev/zero never ends
+        raise UserError(f"{source} is not a file or folder; give a text file, a zip or a folder")
     near = difflib.get_close_matches(source, [*PUBLISHED, "pydocs"], 1)
     hint = f"did you mean {near[0]}?" if near else "give a text file, a zip or a folder"
     raise UserError(f"{source} does not exist; {hint}")
@@ -396,12 +396,12 @@ def check_size(source: Path, size: int):
     if size > LARGEST_TEXT:
         most = LARGEST_TEXT >> 30
         raise UserError(
-            f"{source} holds {size / (1 << 30):.1f} GiB of text; at most {most} are read"
+            f"{source} holds {size / (1 << 30):.1f} GiB of text; the limit is {most} GiB"
         )
 
 
 def tell_texts(source: Path, names) -> list[str]:
-    """The texts among the names of a folder or zip, in order; say so if others are passed over."""
+    """The text files among the names in a folder or zip, sorted; say so if others are skipped."""
     texts = sorted(name for name in names if is_text(name))
     others = sorted(name for name in names if name not in texts and not is_hidden(name))
     if "[Content_Types].xml" in names:
@@ -411,7 +411,7 @@ def tell_texts(source: Path, names) -> list[str]:
         raise UserError(f"{source} has no text files ({', '.join(sorted(ENDINGS))}){only}")
     if others:
         more = ", ..." if len(others) > 3 else ""
-        print(f"note: of {source} not read, for their endings: {', '.join(others[:3])}{more}")
+        print(f"note: skipped in {source} for their extensions: {', '.join(others[:3])}{more}")
     return texts
 
 
@@ -449,7 +449,7 @@ def split_files(files: dict[str, bytes]) -> dict[str, list[str]]:
 
 
 def articles(text: str) -> list[str]:
-    """A WikiText split cut before each title, a line ` = Title = `."""
+    """Cut a WikiText split into articles, before each title: a line ` = Title = `."""
     return [part for part in re.split(r"(?m)^(?= = [^=\n]+ = $)", text) if part]
 
 
@@ -466,28 +466,28 @@ def wikitext(name: str, source: str | None, folder: Path) -> dict[str, list[str]
     if wrong:
         found = ", ".join(f"{s} {n:,} (not {about['lines'][s]:,})" for s, n in wrong.items())
         if not source:
-            raise UserError(f"{name}'s download has other lines than it should: {found}")
-        print(f"note: {source} has other lines than {name}: {found}")
+            raise UserError(f"{name}'s download has the wrong number of lines: {found}")
+        print(f"note: {source} differs from {name} in the number of lines: {found}")
     return {split: [a for t in found for a in articles(t)] for split, found in texts.items()}
 
 
 def one_text(name: str, source: str | None, folder: Path) -> dict[str, list[str]]:
-    """A published text cut into splits by bytes, as all do who report on it."""
+    """A published text cut into splits by bytes, as is customary for reported results."""
     about = PUBLISHED[name]
     files = fetch(source, folder) if source else fetch_published(name, folder)
     if len(files) != 1:
-        raise UserError(f"{source or name} has several texts, {name} is one: {', '.join(files)}")
+        raise UserError(f"{source or name} has several files, not just one: {', '.join(files)}")
     (content,) = files.values()
     size = len(content)
     if size != about["bytes"]:
         if not source:
             raise UserError(f"{name}'s download has {size:,} bytes, not {about['bytes']:,}")
         print(f"note: {source} has {size:,} bytes, {name} {about['bytes']:,}")
-    decode(content, source or name)  # says so if it is no text
+    decode(content, source or name)  # raises a UserError if it is not text
     splits = {}
     for split, (first, last) in about["percent"].items():
         part = content[size * first // 100 : size * last // 100]
-        splits[split] = [part.decode("utf-8", "ignore")]  # without a character that is cut
+        splits[split] = [part.decode("utf-8", "ignore")]  # drops a character cut in two
     return splits
 
 
@@ -510,7 +510,7 @@ def fetch_published(name: str, folder: Path) -> dict[str, bytes]:
 
 
 def fetch(source: str, folder: Path) -> dict[str, bytes]:
-    """The files of a path, or of the zip or text at a URL, which passes through `folder`."""
+    """The files of a path, or of the zip or text at a URL, downloaded temporarily to `folder`."""
     if not is_url(source):
         return read_files(Path(source))
     text = PurePosixPath(source).suffix == ".txt"
@@ -523,7 +523,7 @@ def fetch(source: str, folder: Path) -> dict[str, bytes]:
 
 
 def pydocs() -> dict[str, list[str]]:
-    """The language reference and the standard library's docstrings, one document a module."""
+    """The language reference and the standard library's docstrings, one document per module."""
     from pydoc_data import topics
 
     documents = [f"{name}\n\n{text}" for name, text in sorted(topics.topics.items())]
@@ -539,11 +539,11 @@ def pydocs() -> dict[str, list[str]]:
 
 
 def docstrings(source: bytes) -> str:
-    """All docstrings of a Python file in its order, without running it."""
+    """All docstrings of a Python file, in order, without running it."""
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     try:
         nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, kinds)]
-    except (SyntaxError, ValueError):  # some files of the library are wrong on purpose
+    except (SyntaxError, ValueError):  # some library files are invalid on purpose
         return ""
     nodes.sort(key=lambda node: getattr(node, "lineno", 0))
     found = []
@@ -555,11 +555,11 @@ def docstrings(source: bytes) -> str:
     return "\n\n".join(found)
 
 
-HELD_OUT = {"val": 7, "test": 17}  # the remainders of the documents' numbers by 20
+HELD_OUT = {"val": 7, "test": 17}  # which documents: those with this index modulo 20
 
 
 def hold_out(documents: list[str], splits: list[str]) -> dict[str, list[str]]:
-    """Cut splits from the end of a text, 5% each; of 40 documents on, take every 20th for each."""
+    """Cut 5% for each split from the end of a text; with 40 documents or more, take every 20th."""
     documents = [document for document in documents if document.strip()]
     if len(documents) >= 40:
         cut = {split: documents[HELD_OUT[split] :: 20] for split in splits}
@@ -577,7 +577,7 @@ def hold_out(documents: list[str], splits: list[str]) -> dict[str, list[str]]:
 
 
 def border(text: str, near: int, before: int) -> int:
-    """The start of the next line, or `near` itself where that is not `before` another border."""
+    """The start of the first line after `near`; `near` itself if that is not below `before`."""
     start = text.find("\n", near) + 1
     return start if 0 < start < before else near
 
@@ -586,8 +586,8 @@ def own_text(source: str, folder: Path) -> dict[str, list[str]]:
     """The splits that files and folders name; a missing one is cut from the training text."""
     files = fetch(source, folder)
     splits = split_files(files) if len(files) > 1 else {}
-    if [*splits] == ["train"]:  # one note of many may be called how-to-train
-        print(f"note: no file of {source} is named like valid.txt or test.txt: all are one text")
+    if [*splits] == ["train"]:  # perhaps just a file that is called how-to-train.txt
+        print(f"note: no file in {source} is named like valid.txt or test.txt: all form one text")
         splits = {}
     if not splits:
         return hold_out([decode(content, name) for name, content in files.items()], [*HELD_OUT])
@@ -618,9 +618,9 @@ def prepared(
     vocab_size: int = 4096,
     data_dir: str | Path | None = None,
 ):
-    """Make data/<name>/ unless it is there already, made in the same way, and yield the folder.
+    """Make data/<name>/, unless it exists and was made in the same way, and yield the folder.
 
-    Other processes wait until the block ends: one with other settings would make it anew.
+    Other processes wait until the block ends: one with other settings would rebuild the folder.
     """
     dataset = os.path.expanduser(dataset)
     source = os.path.expanduser(source or "") or None
@@ -629,10 +629,10 @@ def prepared(
     known = dataset in PUBLISHED or dataset == "pydocs"
     if tokenizer == "auto":
         whole = "percent" in PUBLISHED.get(dataset, {})
-        tokenizer = "bytes" if whole else "bpe"  # as all do who report on these texts
+        tokenizer = "bytes" if whole else "bpe"  # bytes are customary for these texts
     for split in (train_split, val_split):
         if split not in SPLITS:
-            raise UserError(f"a split is {', '.join(SPLITS)}, not {split!r}")
+            raise UserError(f"a split must be one of {', '.join(SPLITS)}, got {split!r}")
     path = source or ("" if known else dataset)
     check_exists(path)
     name = dataset if known else re.sub(r"\W+", "_", Path(dataset).stem) or "text"
@@ -651,14 +651,14 @@ def prepared(
     theirs = [name for name in files if (folder / name).exists()]
     if theirs and not (folder / "lock").exists() and "made_by" not in read_meta(folder):
         raise UserError(
-            f"{folder} has a {theirs[0]} that was not made here; rename the text, or name another "
-            "folder with --data_dir"
+            f"{folder} has a {theirs[0]} not made by this script; rename the text, or choose "
+            "another folder with --data_dir"
         )
     busy = f"another process is preparing {folder}: waiting for it"
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(locked(folder, busy, wait=True))
-        except OSError as error:  # of a checkout that is read only, say
+        except OSError as error:  # in a read-only checkout, say
             hint = "name another folder with --data_dir"
             raise UserError(f"{folder} can't be written ({short(error)}); {hint}") from None
         if read_meta(folder).get("made_by") != made_by:
@@ -667,13 +667,13 @@ def prepared(
 
 
 def prepare(*args, **options) -> Path:
-    """Do as `prepared`, and return the folder."""
+    """Like `prepared`, but return the folder and don't keep other processes waiting."""
     with prepared(*args, **options) as folder:
         return folder
 
 
 def make(folder: Path, made_by: dict):
-    """Write the files of a dataset; meta.json, which tells what they are, comes last."""
+    """Write the files of a dataset; meta.json, which describes them, comes last."""
     dataset, source = made_by["dataset"], made_by["source"]
     if dataset == "pydocs":
         found = pydocs()
@@ -714,7 +714,7 @@ def make(folder: Path, made_by: dict):
             "documents": len(documents),
             "characters": sum(len(document) for document in documents),
             "bytes": sum(len(document.encode()) for document in documents),
-            # As the WikiText paper counts: the end of a line is a word.
+            # As in the WikiText paper, the end of a line counts as a word.
             "words": sum(len(document.split()) + document.count("\n") for document in documents),
             "tokens": len(tokens),
         }
@@ -722,7 +722,7 @@ def make(folder: Path, made_by: dict):
 
 
 def fingerprint(source: str) -> list:
-    """Names, sizes and times of local files, so that a changed text is noticed."""
+    """Names, sizes and modification times of local files, so that a changed text is noticed."""
     if not source or is_url(source):
         return []
     path = Path(source)
@@ -742,12 +742,12 @@ def read_meta(folder: Path) -> dict:
 def main():
     parser = Parser(__doc__)
     parser.add_argument("dataset", help=f"{', '.join(PUBLISHED)}, pydocs, or a path")
-    parser.add_argument("--source", help="where to read it: a file, zip, folder or URL of a zip")
+    parser.add_argument("--source", help="read it from this file, zip, folder or URL of a zip")
     parser.add_argument("--train_split", default="train", choices=SPLITS)
     parser.add_argument("--val_split", default="val", choices=SPLITS)
     parser.add_argument("--tokenizer", default="auto", choices=TOKENIZERS)
     parser.add_argument("--vocab_size", type=int, default=4096, help="of bpe (default: 4096)")
-    parser.add_argument("--data_dir", default="", help="where data go (default: data/ beside us)")
+    parser.add_argument("--data_dir", default="", help="parent folder (default: the repo's data/)")
     start = time.time()
     folder = prepare(**vars(parser.parse_args()))
     for split, counts in read_meta(folder)["splits"].items():

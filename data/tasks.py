@@ -9,7 +9,7 @@
     python -m data.tasks --results           # a table of the runs in this folder
 
 Each setting below is a flag, --name=value or --name value; RECIPES has a task's own defaults.
-In out_dir: the model in Hugging Face's layout (a baseline's is not kept) and result.json.
+Written to out_dir: the model in Hugging Face's layout (a baseline is not saved) and result.json.
 """
 
 import argparse
@@ -67,23 +67,23 @@ from mega import (
 )
 
 # files
-out_dir = ""  # folder of the model; empty: out-<task>-<seed>, with -baseline
+out_dir = ""  # folder for the model and result; empty: out-<task>[-baseline]-<seed>
 source = ""  # folder or file with the data, instead of a download
 data_dir = ""  # folder for downloads; empty: data/ beside this file
 # data
 dataset = "auto"  # masks: a path, or one of data/prepare.py's, as in train.py
 depth = 4  # listops: deepest nesting of operators, 1 to 10 (10 in the paper)
-operands = 3  # listops: most operands of an operator, 2 to 10 (10 in the paper)
-shortest = 4  # listops: tokens of an expression, at least (500 in the paper)
-longest = 50  # listops: tokens of an expression, at most (2000 in the paper)
-expressions = 52500  # listops: different expressions; 2,500 of them, or a 20th, are the test
+operands = 3  # listops: maximum operands of an operator, 2 to 10 (10 in the paper)
+shortest = 4  # listops: minimum tokens in an expression (500 in the paper)
+longest = 50  # listops: maximum tokens in an expression (2000 in the paper)
+expressions = 52500  # listops: distinct expressions; one in 21 (2,500 by default) for the test
 side = 14  # digits: width and height in pixels, 14 or 28
-samples = 16  # speech: samples of the sound in each position
-vocab_size = 4096  # translation, masks: tokens of bpe
+samples = 16  # speech: audio samples per position
+vocab_size = 4096  # translation, masks: size of the BPE vocabulary
 masked = 0.15  # masks: fraction of the tokens that are masked
-beams = 4  # translation: prefixes that beam search keeps
+beams = 4  # translation: beam size, the number of prefixes that beam search keeps
 # model
-baseline = False  # train a Transformer instead, of as many parameters as MEGA would have
+baseline = False  # train a Transformer with as many parameters instead of MEGA
 n_layer = 4  # blocks; for translation, of the encoder and of the decoder
 n_embd = 64  # D
 shared_size = 64  # Z
@@ -94,11 +94,11 @@ norm = "layernorm"  # layernorm, scalenorm, rmsnorm or batchnorm
 dropout = 0.1  # of outputs and hidden values of all sublayers, not of attention weights
 # optimization
 optimizer = "muon"  # muon or adamw
-positions = 4096  # positions of a batch, padding included; translation: of its source sentences
+positions = 4096  # positions per batch, padding included; for translation, of source sentences
 max_minutes = 8.0  # minutes of training
-max_iters = 1000000  # steps at most
-learning_rate = 5e-3  # AdamW's highest, after the warm-up
-ema_learning_rate = 2e-2  # AdamW's for averages, scales of queries and keys, position biases
+max_iters = 1000000  # maximum number of steps
+learning_rate = 5e-3  # AdamW's peak, after the warm-up
+ema_learning_rate = 2e-2  # AdamW's for EMAs, query and key scales, and position biases
 muon_learning_rate = 0.02  # Muon's
 weight_decay = 0.1  # of the matrices
 # machine
@@ -218,17 +218,17 @@ def pad(rows: list[np.ndarray], value: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def with_constant(numbers: np.ndarray) -> np.ndarray:
-    """Append a 1 to each position's numbers (L, k): the bias of the map that embeds them."""
+    """Append a 1 to each position's numbers (L, k), so that the map embedding them has a bias."""
     ones = np.ones((len(numbers), 1), np.float32)
     return np.concatenate([numbers.astype(np.float32), ones], axis=1)
 
 
 class Task:
-    """Two lists of examples, and what is done with them.
+    """Training and test examples, and what is done with them.
 
-    new_model() and new_baseline(F) make a MEGA and a Transformer with F hidden values in its
-    feed-forward networks, loss(model, batch) is what training lowers, measure(model) gives numbers
-    for the test examples, save(model, folder) what is needed to use the model.
+    new_model() and new_baseline(F) make a MEGA, and a Transformer with F hidden units in its
+    feed-forward networks; loss(model, batch) is what training minimises, measure(model) returns
+    metrics on the test examples, save(model, folder) saves what is needed to use the model.
     """
 
     settings: argparse.Namespace
@@ -249,7 +249,7 @@ class Classification(Task):
         return TransformerEncoder(self.settings, self.vocabulary, ffn_size, classes=10)
 
     def outputs(self, model: nn.Module, examples: list[Example]) -> MegaOutput:
-        """Apply a model. Numeric inputs are embedded by a linear map, the embedding's table."""
+        """Apply a model. Numeric inputs are embedded by a linear map: the embedding matrix."""
         device = device_of(model)
         inputs, mask = pad([example.inputs for example in examples])
         inputs = inputs.to(device)
@@ -265,7 +265,7 @@ class Classification(Task):
         return self.outputs(model, examples).loss
 
     def measure(self, model: nn.Module) -> dict[str, float]:
-        """Return the accuracy on the test examples, of all and of each kind, in percent."""
+        """Return the accuracy on the test examples in percent, overall and for each kind."""
         right = {}
         for batch in batches(self.test, 4 * self.settings.positions):
             predictions = self.outputs(model, batch).logits.argmax(dim=-1).tolist()
@@ -336,8 +336,8 @@ def depth_of(expression) -> int:
 class ListOps(Classification):
     """ListOps of Long Range Arena: nested operators on digits, whose value is a digit again.
 
-    The operands' order does not matter for any operator, so a training expression must differ from
-    all test expressions in more than that.
+    No operator depends on the order of its operands, so a training expression must differ from
+    all test expressions in more than that order.
     """
 
     vocabulary = len(SYMBOLS)
@@ -345,7 +345,7 @@ class ListOps(Classification):
     def __init__(self, s):
         self.settings = s
         rng = random.Random(0)  # the same expressions whatever the seed
-        expressions = {}  # by their tokens, so that all are different
+        expressions = {}  # keyed by their tokens, so that all are distinct
         tries = 0
         while len(expressions) < s.expressions:
             tries += 1
@@ -400,7 +400,7 @@ class Digits(Classification):
             self.split(self.test)
 
     def split(self, examples: list[Example]):
-        """Use four examples of five for training and one for the test, the same ones every time."""
+        """Use four in five examples for training, the rest for the test, the same every time."""
         order = np.random.default_rng(0).permutation(len(examples))
         trains = len(examples) * 4 // 5
         self.train = [examples[i] for i in order[:trains]]
@@ -413,7 +413,7 @@ class Digits(Classification):
         if images.shape != (len(labels), 28, 28) or len(labels) < 2 or labels.max() > 9:
             raise UserError(
                 f"{folder} has images {images.shape} of {part} and {len(labels)} labels; it needs "
-                "one of 28 x 28 pixels for each label, two at least, and labels from 0 to 9"
+                "one 28 x 28 image per label, at least two of them, and labels from 0 to 9"
             )
         side = self.settings.side
         step = 28 // side
@@ -437,7 +437,7 @@ def as_examples(images: np.ndarray, labels: np.ndarray) -> list[Example]:
 
 
 def read_idx(path: Path, dimensions: int) -> np.ndarray:
-    """Read MNIST's idx format: a number for the count of dimensions, their sizes, the bytes."""
+    """Read the IDX format: a magic number for the count of dimensions, their sizes, the bytes."""
     if not path.exists():
         raise UserError(f"{path} is missing; --source takes the folder with MNIST's files")
     with reading(f"{path} is damaged"):
@@ -445,7 +445,7 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
         start = 4 + 4 * dimensions
         magic, *sizes = np.frombuffer(content[:start], ">i4").tolist()
         if magic != 0x800 + dimensions:
-            raise ValueError(f"its first number is {magic}, not {0x800 + dimensions}")
+            raise ValueError(f"its magic number is {magic}, not {0x800 + dimensions}")
         return np.frombuffer(content[start:], np.uint8).reshape(sizes)
 
 
@@ -456,7 +456,7 @@ RECORDING = re.compile(r"(\d)_[A-Za-z]+_(\d+)\.wav")  # digit, speaker and numbe
 
 
 class Speech(Classification):
-    """The Free Spoken Digit Dataset at 8 kHz; a position is `samples` samples of the sound."""
+    """The Free Spoken Digit Dataset at 8 kHz; each position holds `samples` audio samples."""
 
     def __init__(self, s):
         self.settings = s
@@ -476,13 +476,13 @@ class Speech(Classification):
             )
 
     def cut(self, sound: np.ndarray) -> np.ndarray:
-        """Cut a sound (T) into positions (L, samples + 1), the last one filled up with zeros."""
+        """Cut a sound (T) into positions (L, samples + 1), the last one padded with zeros."""
         size = self.settings.samples
         return with_constant(np.pad(sound, (0, -len(sound) % size)).reshape(-1, size))
 
 
 def recordings(source: Path) -> dict[str, bytes]:
-    """Read the recordings of a zip, or of a folder, or of a zip in a folder."""
+    """Read the recordings in a zip, in a folder, or in a zip in a folder."""
     zips = sorted(source.glob("*.zip")) if source.is_dir() else [source]
     if not zips:
         paths = [path for path in sorted(source.rglob("*.wav")) if RECORDING.fullmatch(path.name)]
@@ -495,11 +495,11 @@ def recordings(source: Path) -> dict[str, bytes]:
 
 
 def read_wav(name: str, content: bytes) -> np.ndarray:
-    """Read a sound as numbers of mean 0 and standard deviation 1."""
+    """Read a recording, normalised to mean 0 and standard deviation 1."""
     with reading(f"{name} is damaged"), wave.open(io.BytesIO(content)) as file:
         found = (file.getnchannels(), file.getsampwidth(), file.getframerate())
         if found != (1, 2, 8000):
-            raise ValueError(f"channels, bytes and rate are {found}, not (1, 2, 8000)")
+            raise ValueError(f"channels, sample width and rate are {found}, not (1, 2, 8000)")
         sound = np.frombuffer(file.readframes(file.getnframes()), "<i2").astype(np.float32)
         if len(sound) == 0:
             raise ValueError("it has no samples")
@@ -510,7 +510,7 @@ def read_wav(name: str, content: bytes) -> np.ndarray:
 
 
 class Translator(nn.Module):
-    """A bidirectional encoder, and a decoder that attends to its states; one table of embeddings.
+    """A bidirectional encoder and a cross-attending decoder that share one embedding matrix.
 
     Beam search needs two methods of a translator: `start` reads the source sentences, `step` one
     more token of each translation. Both return log-probabilities (B, vocabulary) of the next token,
@@ -531,7 +531,7 @@ class Translator(nn.Module):
         return self.decoder(target, **self.encode(source, mask), use_cache=False).logits
 
     def encode(self, source: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        """Return what the decoder needs of sentences (B, S)."""
+        """Encode sentences (B, S) and return them as arguments for the decoder."""
         states = self.encoder(source, mask).last_hidden_state
         return {"encoder_hidden_states": states, "encoder_attention_mask": mask}
 
@@ -553,12 +553,12 @@ def log_probabilities(logits: Tensor) -> Tensor:
 
 
 def rows_of(state, rows: Tensor):
-    """Copy the sequences `rows` of a cache, in that order; the cache itself does not change."""
+    """Select the sequences `rows` of a cache, in that order; the cache itself does not change."""
     if torch.is_tensor(state):
         return state[rows]
     if isinstance(state, list):
         return [rows_of(part, rows) for part in state]
-    if isinstance(state, tuple):  # a named one
+    if isinstance(state, tuple):  # a named tuple
         return type(state)(*(rows_of(part, rows) for part in state))
     return state
 
@@ -566,8 +566,8 @@ def rows_of(state, rows: Tensor):
 def beam_search(model, source: Tensor, mask: Tensor, end: int, beams: int, longest: int) -> Tensor:
     """Translate sentences (B, S): keep the `beams` likeliest prefixes of each; 1 is greedy search.
 
-    A step never changes a cache, so several prefixes may go on from the same one. Return ids
-    (B, T), filled up with `end`, of the prefix with the highest mean log-probability per token.
+    A step never changes a cache, so several prefixes may continue from the same one. Return the
+    ids (B, T), padded with `end`, of the prefix with the highest mean log-probability per token.
     """
     B = len(source)
     log_p, state = model.start(source, mask, torch.full((B,), end, device=source.device))
@@ -587,13 +587,13 @@ def beam_search(model, source: Tensor, mask: Tensor, end: int, beams: int, longe
         token = best % log_p.shape[-1]
         ids = torch.cat([ids[sentence, parent], token.unsqueeze(-1)], dim=-1)
         state = rows_of(state, (sentence * beams + parent).flatten())
-    lengths = ((ids != end).sum(dim=-1) + 1).clamp(max=ids.shape[-1])  # with the end, if it came
+    lengths = ((ids != end).sum(dim=-1) + 1).clamp(max=ids.shape[-1])  # counting `end`, if reached
     best = (scores / lengths).argmax(dim=1)
     return ids[sentence.squeeze(1), best]
 
 
 class Translation(Task):
-    """Multi30k's descriptions of pictures, English to German, measured by BLEU."""
+    """Multi30k's image descriptions, English to German, measured by BLEU."""
 
     def __init__(self, s):
         self.settings = s
@@ -606,7 +606,7 @@ class Translation(Task):
         self.test = self.examples(self.read(folder, "test_2016_flickr"))
 
     def read(self, folder: Path, part: str) -> list[tuple[str, str]]:
-        """Read pairs of sentences from two files of as many lines."""
+        """Read pairs of sentences from two files with equally many lines."""
         texts = []
         for language in ("en", "de"):
             path = folder / f"{part}.lc.norm.tok.{language}"
@@ -748,7 +748,7 @@ HEADS = 4
 
 
 class TransformerEncoder(nn.Module):
-    """torch's encoder with sinusoidal positions, called as MEGA's heads are.
+    """torch's encoder with sinusoidal positions, with the same interface as MEGA's heads.
 
     Return logits of `classes` classes from the mean over positions or, with classes=0, of tokens at
     each position.
@@ -784,7 +784,7 @@ class Prefix(NamedTuple):
 
 
 class TransformerTranslator(nn.Module):
-    """torch's encoder and decoder with sinusoidal positions, called as Translator is.
+    """torch's encoder and decoder with sinusoidal positions and Translator's interface.
 
     It has no cache: each step reads the whole prefix again.
     """
@@ -837,7 +837,7 @@ def options_of(s) -> dict:
 
 
 def initialize(model: nn.Module):
-    """Draw all matrices anew, as nn.Transformer does: torch's encoders copy one layer."""
+    """Re-initialise all matrices, as nn.Transformer does: torch's encoders clone one layer."""
     for p in model.parameters():
         if p.ndim > 1:
             nn.init.xavier_uniform_(p)

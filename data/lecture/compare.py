@@ -1,12 +1,12 @@
-"""Speed beside other implementations, in one process and by turns: medians, in tokens/s.
+"""Speed compared with other implementations, alternating in one process: medians, in tokens/s.
 
     python -m data.lecture.compare --nanogpt ../nanoGPT/model.py     # needs transformers==4.40.2
     python -m data.lecture.compare --mega_pytorch ../Mega-pytorch/mega_pytorch/mega_pytorch.py
 
-Training steps (forward, loss, backward; 4,096 tokens, or one row where longer) with nanoGPT's model
-of the same width and depth, forward passes, and greedy decoding, also by a bare loop of the same
-tensor operations. By default blocks of memory are kept as train.py keeps them; --default_allocator
-leaves that out. --only=decoding, say, does a part.
+It times training steps (forward, loss, backward; 4,096 tokens, or one sequence if longer), also of
+nanoGPT's model of the same width and depth, forward passes, and greedy decoding, also by a bare
+loop of the same tensor operations. Freed memory is kept as in train.py, unless --default_allocator
+is given. --only=decoding, for example, runs just one part.
 """
 
 import argparse
@@ -42,11 +42,12 @@ MODEL = {
     "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
     "nffn_activation_dropout_prob": 0.0,
 }  # fmt: skip
-LONGEST = {"direct": 256, "recurrent": 1024, "fft": 16384, "blockwise": 65536}  # in a few seconds
+# The longest sequence that each EMA mode processes within a few seconds.
+LONGEST = {"direct": 256, "recurrent": 1024, "fft": 16384, "blockwise": 65536}
 
 
 def all_seconds(work, rounds: int = 3) -> list[float]:
-    """Return the times of a few calls, after one that does not count."""
+    """Return the times of `rounds` calls, after a warm-up call."""
     times = []
     for _ in range(rounds + 1):
         start = time.perf_counter()
@@ -56,7 +57,7 @@ def all_seconds(work, rounds: int = 3) -> list[float]:
 
 
 def kept_bytes(work) -> int:
-    """Of the tensors that `work` keeps for a backward pass, each piece of memory once."""
+    """Return the bytes of tensors that `work` saves for backward, counting each storage once."""
     sizes = {}
 
     def note(t: torch.Tensor) -> torch.Tensor:
@@ -89,13 +90,13 @@ def build_theirs(**changes) -> torch.nn.Module:
 
 
 def check_file(path: str | None):
-    """UserError if a path given is not a file's, before the work that ends with loading it."""
+    """Raise a UserError early, before any long run, if a given path is not a file."""
     if path is not None and not Path(path).is_file():
-        raise UserError(f"there is no file {path}; give that of other people's model")
+        raise UserError(f"there is no file {path}; give the Python file of the other model")
 
 
 def load_file(path: str):
-    """The module in a Python file."""
+    """Import a Python file as a module."""
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -110,7 +111,7 @@ def build_nanogpt(path: str, length: int) -> torch.nn.Module:
 
 
 class MegaPytorch(torch.nn.Module):
-    """lucidrains' model, whole rows and an output that is not tied, called as ours is."""
+    """lucidrains' model, without chunks and with untied output weights, called like ours."""
 
     def __init__(self, path: str):
         super().__init__()
@@ -126,7 +127,7 @@ class MegaPytorch(torch.nn.Module):
 def train_step(model: torch.nn.Module, ids: torch.Tensor, dtype: torch.dtype):
     model.zero_grad()
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        if hasattr(model, "transformer"):  # nanoGPT's: labels already moved
+        if hasattr(model, "transformer"):  # nanoGPT, which takes labels already shifted
             loss = model(ids[:, :-1], ids[:, 1:].contiguous())[1]
         else:
             loss = model(ids, labels=ids).loss
@@ -141,8 +142,8 @@ def forward(model: torch.nn.Module, ids: torch.Tensor, dtype: torch.dtype):
 
 @torch.inference_mode()
 def bare_loop(model: MegaForCausalLM, ids: torch.Tensor, new: int) -> torch.Tensor:
-    """Greedy decoding of MODEL without chunks by tensor operations alone: no modules, no checks,
-    no options. What `generate` takes more than this is overhead.
+    """Decode greedily with MODEL, without chunks, by tensor operations alone: no modules, checks
+    or options. Any extra time that `generate` takes is overhead.
     """
     D, V, Z = MODEL["hidden_size"], MODEL["intermediate_size"], MODEL["shared_representation_size"]
     length = ids.shape[1]
@@ -191,14 +192,14 @@ def bare_loop(model: MegaForCausalLM, ids: torch.Tensor, new: int) -> torch.Tens
 
 
 def tokens_per_second_at_most(model: MegaForCausalLM) -> float:
-    """If a token took just the time to read all weights once, from memory."""
+    """Return the speed if a token took only the time to read all weights from memory once."""
     block = torch.ones(1 << 26)  # 256 MiB, more than any cache holds
     size = sum(p.nbytes for p in model.parameters())
     return block.nbytes / statistics.median(all_seconds(block.sum)) / size
 
 
 def by_turns(what: str, models: dict, work, tokens: int, rounds: int):
-    """Print each model's median speed in `rounds` rounds, one more not counted, and the ratios."""
+    """Print each model's median speed in `rounds` rounds, after a warm-up, and the ratios."""
     times = {name: [] for name in models}
     for _ in range(rounds + 1):
         for name, model in models.items():

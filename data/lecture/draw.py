@@ -6,10 +6,10 @@
 kernels, memory   the moving averages of the model in data/small, and of a new one
 cost              time and memory of the EMA's four modes, and a training step, by length
 learning          what models of the experiments' size learn, with and without a moving average
-positions         what these predict at which position of a window
+positions         how well these predict at each position of a window
 
 transformers (4.40.2) and nanoGPT's model.py are not part of this project: without them their curves
-are missing. Under each figure's name the numbers that it shows are printed. layer.svg was drawn by
+are missing. The numbers that a figure shows are printed under its name. layer.svg was drawn by
 hand.
 """
 
@@ -40,11 +40,9 @@ FIGURES = Path(__file__).parent / "figures"
 STEPS = 600  # of each training
 SEEDS = (1, 2, 3)
 LENGTHS = (256, 1024, 4096, 16384)  # of a training step's sequences
-STRIDE = (
-    61  # between the starts of windows: a prime, so that windows do not keep in step with chunks
-)
+STRIDE = 61  # between the starts of windows; prime, so that they don't stay aligned with chunks
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart; dashes and markers as well.
+# Okabe and Ito's colours, which colour-blind readers can tell apart, plus dashes and markers.
 rcParams["axes.prop_cycle"] = (
     cycler(color=["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"])
     + cycler(linestyle=["-", "--", "-.", ":", "-", "--"])
@@ -55,7 +53,7 @@ rcParams["font.size"] = 11
 rcParams["axes.titlesize"] = 11
 rcParams["legend.fontsize"] = 10
 rcParams["svg.fonttype"] = "none"  # text stays text
-rcParams["svg.hashsalt"] = "mega"  # so that names inside a file do not change from run to run
+rcParams["svg.hashsalt"] = "mega"  # so that ids inside a file do not change from run to run
 
 
 def new_figure(rows: int, columns: int, height: float = 3.6, **options):
@@ -87,7 +85,7 @@ def kernels(options):
         late = (where > 0).double().mean().item()
         sign = ((shape > 0.05).any(-1) & (shape < -0.05).any(-1)).double().mean().item()
         print(
-            f"  {name}: {late:.0%} of the kernels peak after lag 0, {sign:.0%} change their sign "
+            f"  {name}: {late:.0%} of the kernels peak after lag 0, {sign:.0%} change sign "
             "(above 5% of the peak)"
         )
     first, second, *_, last = found
@@ -104,7 +102,7 @@ def kernels(options):
 
 
 def memory(options):
-    """Half-lives of all EMA states of a layer, the longest first, on two logarithmic axes."""
+    """Half-lives of all EMA states of a layer, longest first, on log-log axes."""
     figure, (ax,) = new_figure(1, 1)
     for name, ema in layers_of(options.model).items():
         lives = half_lives(ema).sort(descending=True).values
@@ -217,7 +215,7 @@ def trained(name: str, seed: int):
 
 
 def learning(options):
-    """Bits per byte of the validation split after so many steps, with the spread of three seeds."""
+    """Bits per byte of the validation split by training step, with the range of three seeds."""
     figure, (ax,) = new_figure(1, 1)
     for name in MODELS:
         curves = np.array([trained(name, seed)[1] for seed in SEEDS])  # (seeds, points, 2)
@@ -248,13 +246,13 @@ def bits_by_position(t: train.Training, length: int) -> np.ndarray:
 
 
 def positions(options):
-    """Bits of a byte by its position in a window, means of three seeds, and the first border."""
+    """Bits per byte by position in a window (mean of three seeds), and near the first boundary."""
     figure, (ax, near) = new_figure(1, 2, width_ratios=(2, 1))
     for name in MODELS:
         runs = [trained(name, seed)[0] for seed in SEEDS]
         chunk = runs[0].settings.chunk_size
         bits = np.mean([bits_by_position(t, 3 * chunk) for t in runs], axis=0)
-        size = min(8, chunk)  # of a bin, none of which has a border inside
+        size = min(8, chunk)  # of a bin; no bin straddles a chunk boundary
         middle = np.arange(0, len(bits), size) + (size - 1) / 2
         ax.plot(middle, bits.reshape(-1, size).mean(axis=1), label=name)
         border = np.arange(max(chunk - 12, 0), chunk + 12)
@@ -282,7 +280,7 @@ DRAWINGS = {draw.__name__: draw for draw in (kernels, memory, cost, learning, po
 def main():
     parser = Parser(__doc__)
     parser.add_argument("names", nargs="*", help=f"{', '.join(DRAWINGS)}; none: all")
-    parser.add_argument("--model", default=SMALL, help="the checkpoint of kernels and memory")
+    parser.add_argument("--model", default=SMALL, help="the checkpoint for kernels and memory")
     parser.add_argument("--nanogpt", metavar="MODEL_PY", help="nanoGPT's model.py")
     options = parser.parse_args()
     check_names("figure", options.names, DRAWINGS)

@@ -4,7 +4,7 @@
     pytest data/lecture/exercises.py -k half_life    # one of them
 
 They follow the notebook, from the moving average to a head of your own. solutions.py has an answer
-to each, to be opened after trying.
+to each; open it once you have tried.
 """
 
 import math
@@ -20,9 +20,9 @@ from mega import MegaBase, MegaConfig, MegaForCausalLM, ema_direct, ema_recurren
 
 
 def half_life(p: float, delta: float) -> float:
-    """After how many steps is half left of what a damped EMA has read?
+    """Return the number of steps after which half of what a damped EMA has read remains.
 
-    p and delta are the paper's alpha and its damping, between 0 and 1; steps need not be whole.
+    p and delta are the paper's alpha and damping factor, between 0 and 1; steps may be fractional.
     """
     raise NotImplementedError("write half_life")
 
@@ -33,18 +33,18 @@ def recurrence(x: Tensor, u: Tensor, q: Tensor, g: Tensor) -> Tensor:
 
 
 def kernel(ema, length: int) -> Tensor:
-    """The kernel (length,) of any linear, time-invariant `ema`, a function of x (L,) to y (L,).
+    """The kernel (length,) of any linear, time-invariant `ema`, a function from x (L,) to y (L,).
 
-    You can't look into it; but you choose the x with which you call it, once.
+    You can't look inside it, but you may call it once, with an x of your choice.
     """
     raise NotImplementedError("write kernel")
 
 
 def join(first: tuple, second: tuple) -> tuple:
-    """Two pieces of a recurrence as one.
+    """Combine two segments of a recurrence into one.
 
-    A piece (decay, new) of some steps turns a state h into decay * h + new: one step is (q, u x).
-    This is the operation with which `scan` needs log2(K) rounds for K pieces, not K.
+    A segment (decay, new) maps a state h to decay * h + new; a single step is (q, u x).
+    With this associative operation `scan` needs log2(K) rounds for K segments, instead of K.
     """
     raise NotImplementedError("write join")
 
@@ -59,17 +59,17 @@ def complex_kernel(u: Tensor, q: Tensor, theta: Tensor, g: Tensor, length: int) 
 
 
 def cached_numbers(config: MegaConfig, length: int) -> int:
-    """How many numbers a decoder's cache holds after `length` tokens of one row.
+    """How many numbers a decoder's cache holds after `length` tokens of one sequence.
 
-    Chunking or not; without pads and cross-attention.
+    With or without chunking; there is no padding and no cross-attention.
     """
     raise NotImplementedError("write cached_numbers")
 
 
 def first_seen(position: int, chunk: int, layers: int) -> int:
-    """The first position that can change what a decoder without moving averages says at `position`.
+    """The first position that can affect the output at `position` of a decoder without an EMA.
 
-    It has chunks of so many tokens, and so many layers.
+    `chunk` is its chunk size in tokens, `layers` its number of layers.
     """
     raise NotImplementedError("write first_seen")
 
@@ -77,9 +77,10 @@ def first_seen(position: int, chunk: int, layers: int) -> int:
 def beam_search(model: MegaForCausalLM, ids: Tensor, new: int, beams: int) -> Tensor:
     """The likeliest continuation of ids (1, L) that beam search finds: (1, L + new).
 
-    At each step keep the `beams` prefixes of the highest sum of log-probabilities. The model shall
-    read each token once: go on from its cache. All tensors of a cache have the batch first, and a
-    cache is a value, so the prefixes that descend from one can all take its part of the cache.
+    At each step keep the `beams` prefixes with the highest sum of log-probabilities. The model
+    must read each token only once: continue from its cache. All tensors of a cache have the batch
+    dimension first, and a cache is never modified, so prefixes that extend the same one can share
+    its part of the cache.
     """
     raise NotImplementedError("write beam_search")
 
@@ -87,8 +88,8 @@ def beam_search(model: MegaForCausalLM, ids: Tensor, new: int, beams: int) -> Te
 class DynamicTanh(torch.nn.Module):
     """A norm without statistics (Zhu et al. 2025): gain * tanh(alpha x) + shift.
 
-    alpha is one learned number, at first 0.5. With `affine`, gain (size) and shift (size) are
-    learned, too, at first 1 and 0; without it they are left out. `eps` is of no use here.
+    alpha is one learned number, initially 0.5. With `affine`, gain (size) and shift (size) are
+    learned too, initially 1 and 0; without it they are left out. `eps` is not used here.
     """
 
     def __init__(self, size: int, eps: float, affine: bool):
@@ -109,7 +110,7 @@ class SequenceRegression(MegaBase):
 
 
 def coefficients(seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """u, q, g (D 3, N 4) in fp64."""
+    """u, q, g (D = 3, N = 4) in fp64."""
     torch.manual_seed(seed)
     u, g = torch.randn(2, 3, 4, dtype=torch.float64)
     return u, torch.rand(3, 4, dtype=torch.float64), g
@@ -212,7 +213,7 @@ def test_first_seen(layers, chunk):
 
 @torch.no_grad()
 def likeliest(model: MegaForCausalLM, ids: Tensor, new: int, beams: int) -> Tensor:
-    """Beam search that reads every prefix anew."""
+    """Beam search that reads every prefix again at each step."""
     found = [(0.0, ids)]
     for _ in range(new):
         longer = []
@@ -240,7 +241,7 @@ def test_beam_search(beams):
         assert sum(read) <= ids.shape[1] + 6, "the model read some tokens more than once"
 
 
-@mock.patch.dict(mega.NORMS)  # afterwards it is as before
+@mock.patch.dict(mega.NORMS)  # restores it afterwards
 def test_dynamic_tanh():
     x = torch.randn(2, 7, 6, dtype=torch.float64)
     norm = DynamicTanh(6, 1e-5, True).double()

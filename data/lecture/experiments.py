@@ -3,10 +3,10 @@
     python -m data.lecture.experiments           # the questions
     python -m data.lecture.experiments memory    # one answer; or several names, or `all`
 
-`memory`, `border` and `cache` look into the trained model in data/small, or into --model, and take
+`memory`, `border` and `cache` examine the trained model in data/small, or in --model, and take
 seconds. The others train models of 0.46M parameters on the bytes of the text that ships with
 Python, in train.py's loop, for 600 steps of 2,048 bytes with each of three seeds, and take some
-minutes each on two CPU cores. `--steps=200 --seeds=1` is a first look.
+minutes each on two CPU cores. `--steps=200 --seeds=1` gives a first impression.
 """
 
 import functools
@@ -52,7 +52,7 @@ def load_decoder(source: str):
     model, tokenizer = load_model(source)
     if not (model.config.is_decoder and model.config.use_chunking):
         raise UserError(
-            f"{source} is no decoder with chunks; give the folder of a model of train.py's"
+            f"{source} is not a decoder with chunks; give the folder of a model made by train.py"
         )
     return model, tokenizer
 
@@ -72,7 +72,7 @@ def memory(options):
     The half-life of an EMA state, ln 2 / -ln q, is the number of tokens after which half of what
     was written to it is left. A layer has D times N states.
     """
-    print(f"{'':18}{'a tenth below':>15}{'half below':>12}{'a tenth above':>15}{'longest':>9}")
+    print(f"{'':18}{'10% below':>15}{'median':>12}{'10% above':>15}{'longest':>9}")
     for name, ema in layers_of(options.model).items():
         lives = half_lives(ema)
         low, middle, high, longest = (lives.quantile(part).item() for part in (0.1, 0.5, 0.9, 1))
@@ -86,11 +86,11 @@ def half_lives(ema: DampedEMA) -> Tensor:
 
 @torch.no_grad()
 def border(options):
-    """What gets over a chunk's border?
+    """What crosses a chunk boundary?
 
     One token of a text is replaced by another. By how many nats (KL divergence) do the predictions
-    after it change? If it is the first token of a chunk, attention sees it from the whole chunk. If
-    it is the last one, no later query sees it: its effect went through moving averages.
+    after it change? If it is the first token of a chunk, all queries of that chunk attend to it. If
+    it is the last one, no later query does: its effect must pass through the moving averages.
     """
     model, tokenizer = load_decoder(options.model)
     chunk = model.config.chunk_size
@@ -101,7 +101,7 @@ def border(options):
     found = []
     for at in (chunk, chunk - 1):
         changed = sequences.clone()
-        changed[:, at] = sequences[:, at].roll(1)  # that of another sequence
+        changed[:, at] = sequences[:, at].roll(1)  # the token of another sequence
         nats = torch.cat(
             [
                 divergence(model(a).logits, model(b).logits)
@@ -122,7 +122,7 @@ def divergence(a: Tensor, b: Tensor) -> Tensor:
 
 
 def val_tokens(tokenizer) -> Tensor:
-    """Read the validation split of the text that ships with Python, (T,), as tokens."""
+    """Return the tokens (T,) of the validation split of the text that ships with Python."""
     data = prepare("pydocs")
     ids = np.fromfile(data / "val.bin", read_meta(data)["dtype"]).astype(np.int64)
     other = load_tokenizer(data)
@@ -174,7 +174,7 @@ def trained(seed: int, steps: int, ema=None, layer=None, **changes) -> tuple[flo
 
 
 def compare(options, models: dict[str, dict], longer: int = 1):
-    """Train each model (a name: what differs from MEGA) with each seed; print a line of each."""
+    """Train each model (its name: its changes from MEGA) with each seed; print a line for each."""
     print(f"bits per byte: means of {options.seeds} seeds, in windows of 512 bytes\n")
     print(f"{'':28}{'training':>10}{'validation':>12}{'lowest':>10}{'highest':>9}{'tokens/s':>10}")
     for name, changes in models.items():
@@ -192,8 +192,8 @@ def compare(options, models: dict[str, dict], longer: int = 1):
 def average(options):
     """What is the moving average worth?
 
-    Three times as many steps as in the other questions: without the average learning takes off
-    late, and a short run would exaggerate the difference.
+    This takes three times as many steps as the other questions: without the average, learning
+    takes off late, and a short run would exaggerate the difference.
     """
     compare(options, {"MEGA": {}, "no average": {"ema": NoEMA}}, longer=3)
 
@@ -201,8 +201,8 @@ def average(options):
 def damping(options):
     """What is damping worth?
 
-    Without it delta is 1 and q = 1 - p: what forgets slowly also reads little, but beta can make up
-    for that. Here it starts with the same q and the same p beta as MEGA.
+    Without it delta is 1 and q = 1 - p: a state that forgets slowly also takes in little, but beta
+    can make up for that. Here it starts with the same q and the same p beta as MEGA.
     """
     compare(options, {"MEGA": {}, "delta = 1": {"ema": Undamped}})
 
@@ -237,7 +237,7 @@ def chunks(options):
 def sliding(options):
     """What if a query also sees the chunk before its own?
 
-    Gecko does so. Chunks of 64 that slide cost as many scores as chunks of 128 that do not.
+    Gecko does so. Sliding chunks of 64 need as many attention scores as plain chunks of 128.
     """
     models = {
         "chunks of 64": {"chunk_size": 64},
@@ -274,7 +274,7 @@ def check_names(what: str, names: list[str], known):
     """Raise a UserError if one of the names is not known."""
     for name in names:
         if name not in known:
-            raise UserError(f"there is no {what} {name!r}; choose of {', '.join(known)}")
+            raise UserError(f"there is no {what} {name!r}; choose from {', '.join(known)}")
 
 
 def main():

@@ -1,4 +1,4 @@
-"""What other models learn in train.py's loop: how well, beside MEGA, in the same minutes.
+"""How well other models learn in train.py's loop, compared with MEGA, in the same time.
 
     python -m data.lecture.learn --nanogpt ../nanoGPT/model.py --nanogpt_dropout 0.2 --max_minutes=5
     python -m data.lecture.learn --transformers       # their MEGA; needs transformers==4.40.2
@@ -37,15 +37,15 @@ class NanoGPT(nn.Module):
         self.gpt = nanogpt.GPT(config)
 
     def forward(self, ids: Tensor, labels: Tensor, **_) -> MegaOutput:
-        targets = labels.masked_fill(labels == -100, -1).contiguous()  # it ignores -1
+        targets = labels.masked_fill(labels == -100, -1).contiguous()  # nanoGPT's ignored label
         return MegaOutput(loss=self.gpt(ids, targets)[1])
 
 
 class Transformers(nn.Module):
-    """transformers' MEGA with the initial weights of ours, called as ours is in train.py.
+    """transformers' MEGA with the initial weights of ours, called like ours in train.py.
 
-    It lacks the final norm and the embedding's scale; its feature dropout drops whole chunks
-    (fault 17 in checkpoints.md), so it has the plain one here.
+    It lacks the final norm and the scaling of embeddings; its feature dropout drops whole chunks
+    (fault 17 in checkpoints.md), so plain dropout is used here.
     """
 
     def __init__(self, s, codec):
@@ -60,7 +60,7 @@ class Transformers(nn.Module):
         self.chunk = config["chunk_size"]
 
     def forward(self, ids: Tensor, labels: Tensor, **_) -> MegaOutput:
-        whole = (0, -ids.shape[1] % self.chunk)  # it knows whole chunks only
+        whole = (0, -ids.shape[1] % self.chunk)  # it accepts whole chunks only
         logits = self.lm(F.pad(ids, whole), use_cache=False).logits
         return MegaOutput(loss=cross_entropy(logits.float(), F.pad(labels, whole, value=-100)))
 
@@ -69,11 +69,11 @@ class Transformers(nn.Module):
 
 
 def learn(s, make_model=train.new_model, after_step=lambda t: None) -> train.Training:
-    """A training from its first to its last step, in a folder that is deleted in the end."""
+    """Run a training from its first to its last step, in a temporary folder, and return it."""
     if s.threads:
         torch.set_num_threads(s.threads)
     with tempfile.TemporaryDirectory() as s.out_dir, contextlib.redirect_stdout(sys.stderr):
-        t = train.Training(s, train.Distributed(s.device), make_model)  # what it says is no result
+        t = train.Training(s, train.Distributed(s.device), make_model)  # its output goes to stderr
         with tqdm(total=1.0, leave=False, disable=None) as bar:
             while t.progress() < 1:
                 t.train_step()
@@ -83,12 +83,12 @@ def learn(s, make_model=train.new_model, after_step=lambda t: None) -> train.Tra
 
 
 def speed(t: train.Training) -> float:
-    """Tokens a second."""
+    """Return the training speed in tokens per second."""
     return t.step * t.sequences * t.settings.block_size / t.seconds
 
 
 def nats_in_overlapping_windows(model, tokens: Tensor, length: int, autocast) -> float:
-    """As windows, but each begins half a length after the last, and only what is new counts."""
+    """Sum the nats over windows that overlap by half; only each window's new tokens count."""
     total, half = 0.0, length // 2
     for start in range(0, len(tokens) - 1, half):
         window = tokens[None, start : start + length + 1]
@@ -118,9 +118,9 @@ def show(name: str, s, make_model=train.new_model):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--transformers", action="store_true", help="their MEGA, too")
-    parser.add_argument("--nanogpt", metavar="MODEL_PY", help="nanoGPT's, too: its model.py")
-    parser.add_argument("--nanogpt_dropout", default="0.2", help="in place of --dropout")
+    parser.add_argument("--transformers", action="store_true", help="also train their MEGA")
+    parser.add_argument("--nanogpt", metavar="MODEL_PY", help="also train nanoGPT: its model.py")
+    parser.add_argument("--nanogpt_dropout", default="0.2", help="for it, in place of --dropout")
     parser.add_argument("--rounds", type=int, default=1)
     mine, others = parser.parse_known_args()
     check_file(mine.nanogpt)

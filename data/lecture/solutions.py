@@ -1,4 +1,4 @@
-"""Answers to exercises.py, to be opened after trying. The tests of the project check them."""
+"""Answers to exercises.py, to be opened after trying. The project's tests check them."""
 
 import math
 
@@ -52,12 +52,12 @@ def cached_numbers(config: MegaConfig, length: int) -> int:
 
 
 def first_seen(position: int, chunk: int, layers: int) -> int:
-    """The start of its chunk: all layers have the same borders, so more layers do not help."""
+    """The start of its chunk: all layers share the same boundaries, so more layers do not help."""
     return position // chunk * chunk
 
 
 def select(cache, sequences: Tensor):
-    """Return some sequences of a cache, in this order."""
+    """Return the given sequences of a cache, in that order."""
     if torch.is_tensor(cache):
         return cache[sequences]
     if isinstance(cache, list):

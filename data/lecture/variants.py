@@ -19,7 +19,7 @@ from mega import (
 
 
 class NoEMA(nn.Module):
-    """No moving average: SiLU(omega x) is left of the layer's smoothed input."""
+    """No moving average: only SiLU(omega x) remains of the layer's smoothed input."""
 
     def __init__(self, config: MegaConfig):
         super().__init__()
@@ -102,7 +102,7 @@ class SlidingLayer(MovingAverageGatedAttention):
         return outputs.view(B, -1, values.shape[-1])[:, :L], weights.unflatten(0, (B, -1))
 
     def with_chunk_before(self, x: Tensor) -> Tensor:
-        """(B, L, ...) -> (B K, 2C, ...): each chunk behind the one before it, or behind zeros."""
+        """(B, L, ...) -> (B K, 2C, ...): each chunk preceded by the previous one, or by zeros."""
         C = self.config.chunk_size
         chunks = split_into_chunks(x, C).unflatten(0, (len(x), -1))  # (B, K, C, ...)
         before = F.pad(chunks[:, :-1], (0, 0, 0, 0, 1, 0))
