@@ -73,9 +73,9 @@ data_dir = ""  # folder for downloads; empty: data/ beside this file
 # data
 dataset = "auto"  # masks: a path, or one of data/prepare.py's, as in train.py
 depth = 4  # listops: deepest nesting of operators, 1 to 10 (10 in the paper)
-operands = 3  # listops: maximum operands of an operator, 2 to 10 (10 in the paper)
+operands = 10  # listops: maximum operands of an operator, 2 to 10 (10 in the paper)
 shortest = 4  # listops: minimum tokens in an expression (500 in the paper)
-longest = 50  # listops: maximum tokens in an expression (2000 in the paper)
+longest = 100  # listops: maximum tokens in an expression (2000 in the paper)
 expressions = 52500  # listops: distinct expressions; one in 21 (2,500 by default) for the test
 side = 14  # digits: width and height in pixels, 14 or 28
 samples = 16  # speech: audio samples per position
