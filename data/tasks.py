@@ -117,7 +117,7 @@ RECIPES = {
     "listops": {"n_embd": 80, "dropout": 0.0},
     "digits": {"n_layer": 3, "attention": "laplace", "dropout": 0.0},
     "speech": {"attention": "laplace", "norm": "batchnorm"},
-    "translation": {"n_layer": 3, "n_embd": 128, "positions": 1024},
+    "translation": {"n_layer": 3, "n_embd": 128, "positions": 1024, "dropout": 0.0},
     "masks": {"n_embd": 160, "chunk_size": 128, "vocab_size": 2048},
 }
 # Settings that other tasks do not have.
