@@ -6597,7 +6597,7 @@ class TestLecture:
     def test_the_figures_are_drawn(self, tmp_path, monkeypatch, capsys, data, transformers):
         small = {"hidden_size": 16, "vocab_size": 64, "num_hidden_layers": 1}
         monkeypatch.setattr(compare, "MODEL", compare.MODEL | small)
-        monkeypatch.setattr(compare, "LONGEST", dict.fromkeys(compare.LONGEST, 64))
+        monkeypatch.setattr(compare, "LONGEST", dict.fromkeys(compare.LONGEST, 128))
         monkeypatch.setattr(draw, "LENGTHS", (128, 256))
         monkeypatch.setattr(draw, "FIGURES", tmp_path / "figures")
         monkeypatch.setattr(draw, "STEPS", 10)
