@@ -361,13 +361,13 @@ class ListOps(Classification):
                 expressions[" ".join(tokens)] = expression
         shuffled = [*expressions.values()]
         rng.shuffle(shuffled)  # short ones were found first
-        tests = shuffled[: max(s.expressions // 21, 1)]
-        held_out = {in_order(expression) for expression in tests}
-        trains = [x for x in shuffled if in_order(x) not in held_out]
-        if not trains:
+        for_test = shuffled[: max(s.expressions // 21, 1)]
+        held_out = {in_order(expression) for expression in for_test}
+        for_training = [x for x in shuffled if in_order(x) not in held_out]
+        if not for_training:
             raise UserError(f"--expressions={s.expressions} leaves none for training; raise it")
-        self.train = [self.example(expression) for expression in trains]
-        self.test = [self.example(expression) for expression in tests]
+        self.train = [self.example(expression) for expression in for_training]
+        self.test = [self.example(expression) for expression in for_test]
 
     def example(self, expression: tuple) -> Example:
         ids = np.array([SYMBOLS.index(token) for token in tokens_of(expression)])
@@ -402,9 +402,9 @@ class Digits(Classification):
     def split(self, examples: list[Example]):
         """Use four in five examples for training, the rest for the test, the same every time."""
         order = np.random.default_rng(0).permutation(len(examples))
-        trains = len(examples) * 4 // 5
-        self.train = [examples[i] for i in order[:trains]]
-        self.test = [examples[i] for i in order[trains:]]
+        count = len(examples) * 4 // 5
+        self.train = [examples[i] for i in order[:count]]
+        self.test = [examples[i] for i in order[count:]]
 
     def read(self, folder: Path, part: str) -> list[Example]:
         """Read images (n, 28, 28) and shrink them to (n, side, side) by averaging pixels."""
