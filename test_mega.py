@@ -5964,6 +5964,7 @@ class TestPaperTasks:
         said = capsys.readouterr().err
         assert message in said and said.count("\n") == 1
         assert not list(tmp_path.rglob("result.json"))
+        assert "loss is" in message or not list(tmp_path.glob("out-*"))
 
     def test_damaged_data_are_one_sentence(self, tmp_path):
         mnist(tmp_path / "mnist", 20)

@@ -962,13 +962,13 @@ def run_task(name: str, s):
     dtype = choose_dtype(s.dtype, device)
     autocast = make_autocast(device, dtype)
     folder = Path(s.out_dir).expanduser()
+    if (folder / "result.json").exists():
+        raise UserError(
+            f"{folder} has the result of an earlier run; delete or rename it, or choose another "
+            "--seed or --out_dir"
+        )
+    task = TASKS[name](s)  # before a folder is made: its data may be missing
     with locked(folder, f"another run is using {folder}; choose another --out_dir"):
-        if (folder / "result.json").exists():
-            raise UserError(
-                f"{folder} has the result of an earlier run; delete or rename it, or choose "
-                "another --seed or --out_dir"
-            )
-        task = TASKS[name](s)
         torch.manual_seed(s.seed)
         model = task.new_model()
         if s.baseline:
