@@ -1116,13 +1116,13 @@ def never_dropped(config, length):
 
 def search_in_own_caches(*args):
     """Each beam goes on from the cache at its own place, whichever prefix it descends from."""
-    select = solutions.select
+    rows_of = solutions.rows_of
 
     def in_place(cache, parent):
         full = isinstance(cache, mega.MegaCache) and len(cache.layers[0].keys) == len(parent)
-        return cache if full else select(cache, parent)
+        return cache if full else rows_of(cache, parent)
 
-    with unittest.mock.patch.object(solutions, "select", in_place):
+    with unittest.mock.patch.object(solutions, "rows_of", in_place):
         return solutions.beam_search(*args)
 
 

@@ -1,6 +1,6 @@
 """Draw the figures of the lecture, data/lecture/figures/*.svg, from runs made on the spot.
 
-    python -m data.lecture.draw --nanogpt ../nanoGPT/model.py    # all of them, in eight minutes
+    python -m data.lecture.draw --nanogpt ../nanoGPT/model.py    # all of them
     python -m data.lecture.draw kernels memory                   # some of them
 
 kernels, memory   the moving averages of the model in data/small, and of a new one
@@ -39,6 +39,7 @@ from sample import SMALL
 FIGURES = Path(__file__).parent / "figures"
 STEPS = 600  # of each training
 SEEDS = (1, 2, 3)
+EMA_LENGTHS = (16, 64, 256, 1024, 4096, 16384)  # of a sequence for one EMA
 LENGTHS = (256, 1024, 4096, 16384)  # of a training step's sequences
 STRIDE = 61  # between the starts of windows; prime, so that they don't stay aligned with chunks
 
@@ -136,10 +137,12 @@ def with_range(ax, x, times, label):
 def cost(options):
     """EMA modes, forward and backward (time, memory), and the training step, by length."""
     figure, axes = new_figure(2, 2, 7)
-    D, N = MegaConfig(**compare.MODEL).hidden_size, MegaConfig().ema_projection_size
+    config = MegaConfig(**compare.MODEL)
+    D = config.hidden_size
+    N = config.ema_projection_size
     for ax, batch in zip(axes, (1, 8), strict=False):
         for mode, longest in compare.LONGEST.items():
-            lengths = [n for n in (16, 64, 256, 1024, 4096, 16384) if n <= longest // batch]
+            lengths = [n for n in EMA_LENGTHS if n <= longest // batch]
             times = []
             for length in lengths:
                 inputs = compare.ema_inputs(length, torch.float32, batch)
@@ -156,7 +159,7 @@ def cost(options):
         ax.set_ylabel("ms, forward and backward")
         ax.set_title(f"the EMA, batch {batch}, D = {D}, N = {N}, fp32")
     for mode, longest in compare.LONGEST.items():
-        lengths = [n for n in (16, 64, 256, 1024, 4096, 16384) if n <= longest]
+        lengths = [n for n in EMA_LENGTHS if n <= longest]
         sizes = []
         for length in lengths:
             inputs = compare.ema_inputs(length, torch.float32)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data.tasks import rows_of
 from mega import MegaBase, MegaConfig, MegaForCausalLM, MegaModel
 
 
@@ -56,17 +57,6 @@ def first_seen(position: int, chunk: int, layers: int) -> int:
     return position // chunk * chunk
 
 
-def select(cache, sequences: Tensor):
-    """Return the given sequences of a cache, in that order."""
-    if torch.is_tensor(cache):
-        return cache[sequences]
-    if isinstance(cache, list):
-        return [select(part, sequences) for part in cache]
-    if isinstance(cache, tuple):  # MegaCache or LayerCache
-        return type(cache)(*(select(part, sequences) for part in cache))
-    return cache  # a number, or None
-
-
 @torch.no_grad()
 def beam_search(model: MegaForCausalLM, ids: Tensor, new: int, beams: int) -> Tensor:
     out = model(ids, use_cache=True)
@@ -80,7 +70,7 @@ def beam_search(model: MegaForCausalLM, ids: Tensor, new: int, beams: int) -> Te
         token = (best % log_p.shape[1]).unsqueeze(1)
         prefixes = torch.cat([prefixes[parent], token], dim=1)
         if step + 1 < new:
-            out = model(token, cache=select(out.cache, parent), use_cache=True)
+            out = model(token, cache=rows_of(out.cache, parent), use_cache=True)
     return prefixes[:1]
 
 
