@@ -4,7 +4,7 @@ A layer smooths its input with a learned, damped exponential moving average (EMA
 come from the smoothed input, values from the input itself. A single head attends within chunks of
 the sequence, and gates mix its output into the input. Only the EMA connects the chunks.
 
-Shapes are batch-first. Letters for sizes (not the paper's matrices of the same names):
+Shapes are batch-first. Letters stand for sizes (not for the paper's matrices of the same names):
 
     B  sequences in a batch                D  hidden_size, channels
     L  positions in this call              V  intermediate_size, width of the values
@@ -14,8 +14,8 @@ Shapes are batch-first. Letters for sizes (not the paper's matrices of the same 
     R  cached positions                    P  max_positions
     S  encoder positions                   M  EMA blocks per sequence, of c positions each
 
-and the coefficients of an EMA state: u scales the input written to it, q is its decay per step
-(between 0 and 1), and g is its weight in the output.
+and for the coefficients of an EMA state: u scales the input written to it, q (between 0 and 1) is
+the factor by which it decays per step, and g is its weight in the output.
 
 Parameters have Hugging Face's names, so that its checkpoints load. Two of the names mislead:
 `damping_factor` is the logit of the paper's alpha, here p, and `decay_factor` that of its damping
@@ -46,12 +46,12 @@ from torch.utils.checkpoint import checkpoint
 
 # ------------------------------------------------------------------------------------- 1 config
 # Hugging Face's names and defaults. final_norm, scale_embedding and mean_pooling come from the
-# paper's code, whose language models have the first two and add_lm_hidden_dense_layer=False.
+# paper's code, whose language models use the first two and add_lm_hidden_dense_layer=False.
 
 
 @dataclass
 class MegaConfig:
-    """Settings of a model; an invalid one raises a ValueError, here and when a model is built."""
+    """Settings of a model; an invalid one raises a ValueError when a config or a model is built."""
 
     vocab_size: int = 30522
     hidden_size: int = 128  # D
@@ -151,7 +151,7 @@ class MegaConfig:
                 f"use_chunking=True needs a positive chunk_size, got {self.chunk_size}"
             )
         if self.pad_token_id is not None and self.pad_token_id >= self.vocab_size:
-            raise ValueError(  # the embedding has a row for it
+            raise ValueError(  # the embedding must have a row for it
                 f"pad_token_id must be below vocab_size {self.vocab_size}, got {self.pad_token_id}"
             )
         if self.relative_positional_bias == "rotary" and self.shared_representation_size % 2:
@@ -182,15 +182,15 @@ class MegaConfig:
 
     @property
     def attention_limit(self) -> int | None:
-        """C, or None where attention sees the whole sequence."""
+        """Return C, or None if attention sees the whole sequence."""
         return self.chunk_size if self.use_chunking else None
 
     def check_length(self, what: str, length: int):
-        """Raise a ValueError if the simple bias has no weight for distances within `length`."""
+        """Raise a ValueError if the simple bias has too few weights for `length` positions."""
         if self.relative_positional_bias == "simple" and length > self.max_positions:
             raise ValueError(
                 f"{what} {length} is above max_positions {self.max_positions}, the simple bias's "
-                "limit; shorten the input, use chunking or the rotary bias"
+                "limit; use a shorter input, smaller chunks or the rotary bias"
             )
 
     @classmethod
@@ -200,7 +200,7 @@ class MegaConfig:
         Keys that MegaConfig does not have are kept in `extra`.
         """
         if values.get("model_type", "mega") != "mega":
-            raise ValueError(f"the config is of a {values['model_type']!r} model, not of a MEGA")
+            raise ValueError(f"the config is for a {values['model_type']!r} model, not for MEGA")
         names = {f.name for f in fields(cls)}
         known = {name: value for name, value in values.items() if name in names}
         known["extra"] = {name: value for name, value in values.items() if name not in names}
@@ -301,10 +301,11 @@ def check_range(name: str, x: Tensor, most: int):
 #     h_t = q h_{t-1} + u x_t,    y_t = sum_n g h_t
 #     u = p beta,    q = 1 - p delta,    g = gamma / sqrt(N)
 #
-# where p is the paper's alpha, and gamma its eta (1/sqrt(N) is only in its code). Unrolled, this is
-# a convolution with the kernel k[l] = sum_n g u q^l (appendix A). The functions below compute the
-# same y (B, L, D) of x (B, L, D) and u, q, g (D, N), in fp32 or fp64; some continue from a state
-# (B, D, N) and return the last one. In a bidirectional layer D stands for its E = 2D channels.
+# where p is the paper's alpha, and gamma its eta (1/sqrt(N) is only in the paper's code). Unrolled,
+# this is a convolution with the kernel k[l] = sum_n g u q^l (appendix A). The functions below all
+# compute the same y (B, L, D) of x (B, L, D) and u, q, g (D, N), in fp32 or fp64; some continue
+# from a state (B, D, N) and return the last one. A bidirectional layer calls them with E channels
+# in place of D.
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
@@ -332,7 +333,7 @@ def ema_kernel(u: Tensor, q: Tensor, g: Tensor, length: int, truncation=None) ->
 
 
 def toeplitz(kernel: Tensor) -> Tensor:
-    """Make the matrices that convolve with kernel (D, L): M[d, i, j] = kernel[d, i - j], or 0."""
+    """Make the matrices that convolve with k (D, L): M[d, i, j] = k[d, i - j], or 0 if j > i."""
     length = kernel.shape[-1]
     padded = F.pad(kernel, (length - 1, 0))  # 0 ... 0 k[0] ... k[L-1]
     windows = padded.unfold(-1, length, 1)  # the i-th is k[i-L+1] ... k[i]
@@ -373,9 +374,9 @@ def initial_state(x: Tensor, u: Tensor, state: Tensor | None) -> Tensor:
 
 
 def ema_blockwise(x, u, q, g, state=None, block=32) -> tuple[Tensor, Tensor]:
-    """Convolve inside blocks, recur between them; return y and the last state. O(L D (c + N)) time.
+    """Convolve within blocks, apply the recurrence between them; return y and the last state.
 
-    In a block of c positions after position s, for 1 <= i <= c,
+    It takes O(L D (c + N)) time. In a block of c positions after position s, for 1 <= i <= c,
 
         y_{s+i} = sum_{j<=i} k[i-j] x_{s+j}  +  sum_n g q^i h_s              (a)
         h_{s+c} = q^c h_s  +  sum_{j<=c} q^{c-j} u x_{s+j}                   (b)
@@ -505,8 +506,8 @@ def plain_gradients(inputs, needed, doutputs) -> tuple[Tensor | None, ...]:
 
 
 def to_blocks(x: Tensor, c: int) -> Tensor:
-    """(B, M c, D) -> (D, B (M + 1), c), with a block of zeros after each sequence: the state before
-    that block is the sequence's last one.
+    """Cut x (B, M c, D) into blocks (D, B (M + 1), c), with one of zeros after each sequence: the
+    state before that block is the last state of the sequence.
     """
     B, L, D = x.shape
     blocks = x.new_empty(B, L // c + 1, D, c)
@@ -516,7 +517,7 @@ def to_blocks(x: Tensor, c: int) -> Tensor:
 
 
 def from_blocks(y: Tensor, batch: int) -> Tensor:
-    """(D, B (M + 1), c) -> (B, M c, D)."""
+    """Undo `to_blocks`: turn y (D, B (M + 1), c) into (B, M c, D)."""
     blocks = y.unflatten(1, (batch, -1))[:, :, :-1]  # (D, B, M, c)
     return blocks.permute(1, 2, 3, 0).flatten(1, 2).contiguous()
 
@@ -563,8 +564,8 @@ class DampedEMA(nn.Module):
     def forward(self, x: Tensor, mask=None, state=None, mode=None, needs_state=True):
         """Compute SiLU(EMA(x) + omega x) of x (B, L, D); the EMA reads 0 where mask (B, L) is 0.
 
-        `state` (B, D, N) is the EMA's before x. Returns y (B, L, D) and the last state: None if the
-        layer is bidirectional or the mode stateless, and possibly None without needs_state.
+        `state` (B, D, N) is the EMA's state before x. Returns y (B, L, D) and the last state: None
+        if the layer is bidirectional or the mode stateless, and possibly if needs_state is False.
         """
         D = self.config.hidden_size
         check_shape("x", x, "B", "L", D)
@@ -586,7 +587,7 @@ class DampedEMA(nn.Module):
             y = y[..., :D] + y[..., D:].flip(1)
             state = None
         y = torch.addcmul(y, x.to(wide), self.residual_weight.to(wide))  # y + omega x
-        return F.silu(y).to(x.dtype), state  # in fp16 a large y would overflow before its SiLU
+        return F.silu(y).to(x.dtype), state  # cast last: SiLU of -inf in fp16 is NaN
 
     def fastest_mode(self, length: int, needs_state: bool) -> str:
         """Return the mode that is fastest on CPUs: in training, direct takes less than a third of
@@ -609,13 +610,13 @@ class DampedEMA(nn.Module):
         if state is not None and not has_state:
             raise ValueError(f"EMA mode {mode!r} has no state; recurrent and blockwise have one")
         if state is not None and self.config.bidirectional:
-            raise ValueError("a bidirectional EMA can't continue from a state: it reads both ways")
+            raise ValueError("a bidirectional EMA can't continue from a state; pass state=None")
 
 
 def normal(*shape: int, std: float) -> nn.Parameter:
     """Make a parameter from N(0, std^2)."""
     x = torch.empty(shape)
-    if not x.is_meta:  # on which PyTorch would spend a second doing nothing
+    if not x.is_meta:  # for meta tensors, PyTorch would spend a second doing nothing
         x.normal_(std=std)
     return nn.Parameter(x)
 
@@ -631,7 +632,7 @@ def normal(*shape: int, std: float) -> nn.Parameter:
 
 
 def split_into_chunks(x: Tensor, size: int) -> Tensor:
-    """(B, L, ...) -> (B K, size, ...), with zeros after the last position."""
+    """Cut x (B, L, ...) into chunks (B K, size, ...), with zeros after the last position."""
     missing = -x.shape[1] % size
     if missing:
         zeros = x.new_zeros(x.shape[0], missing, *x.shape[2:])
@@ -640,8 +641,9 @@ def split_into_chunks(x: Tensor, size: int) -> Tensor:
 
 
 def laplace(x: Tensor) -> Tensor:
-    """Equation 16, a smooth and bounded relu2: mu = sqrt(1/2) and sigma = sqrt(1 / (4 pi)), rounded
-    as in the paper's code.
+    """Compute the Laplace function (equation 16), a smooth and bounded relu2.
+
+    mu = sqrt(1/2) and sigma = sqrt(1 / (4 pi)) are rounded as in the paper's code.
     """
     return 0.5 * (1 + torch.erf((x - 0.707107) / (0.282095 * math.sqrt(2))))
 
@@ -678,7 +680,7 @@ def attention_weights(query, key, bias, visible, kind: str) -> Tensor:
         return ATTENTION_FUNCTIONS[kind](scores)
     lowest = torch.finfo(scores.dtype).min  # not -inf: a softmax of nothing but -inf is NaN
     weights = ATTENTION_FUNCTIONS[kind](torch.where(visible, scores, lowest))
-    if visible.dim() > 2:  # with padding, a query may see no key: softmax weights all equally
+    if visible.dim() > 2:  # with padding, a query may see no key, and softmax weights all equally
         weights = weights * visible
     return weights
 
@@ -692,7 +694,7 @@ class SimpleBias(nn.Module):
         self.rel_pos_bias = normal(2 * config.max_positions - 1, std=config.initializer_range)
 
     def forward(self, size: int) -> Tensor:
-        """Return the bias at the distances 1 - size ... size - 1 of a key from its query."""
+        """Return the bias (2 size - 1) for distances 1 - size ... size - 1 from query to key."""
         distance = torch.arange(1 - size, size, device=self.rel_pos_bias.device)
         # Indices beyond one end of the table wrap around to the other; up to size P none collide.
         return self.rel_pos_bias[(centre(self.config) + distance) % len(self.rel_pos_bias)]
@@ -704,9 +706,9 @@ def centre(config: MegaConfig) -> int:
 
 
 class RotaryBias(nn.Module):
-    """bias[i, j] = (rot_i alpha) . (rot_j b), where rot_i rotates the m-th pair by i theta_m.
+    """bias[i, j] = (rot_i alpha) . (rot_j b); rot_i rotates entries m and m + Z/2 by i theta_m.
 
-    It depends only on d = j - i: with theta_m = 10000^(-m / half) it is the sum over the pairs m of
+    It depends only on d = j - i: with theta_m = 10000^(-2 m / Z) it is the sum over the pairs m of
     cos(d theta_m) (a1 b1 + a2 b2) + sin(d theta_m) (a2 b1 - a1 b2). This is not RoPE, which rotates
     queries and keys.
     """
@@ -717,7 +719,7 @@ class RotaryBias(nn.Module):
         self.b_param = normal(1, config.shared_representation_size, std=config.initializer_range)
 
     def forward(self, size: int) -> Tensor:
-        """Return the bias at the distances 1 - size ... size - 1 of a key from its query."""
+        """Return the bias (2 size - 1) for distances 1 - size ... size - 1 from query to key."""
         a1, a2 = at_least_fp32(self.alpha[0]).chunk(2)  # (Z / 2)
         b1, b2 = at_least_fp32(self.b_param[0]).chunk(2)
         half = len(a1)
@@ -734,7 +736,7 @@ POSITION_BIASES = {"simple": SimpleBias, "rotary": RotaryBias}
 
 
 def bias_matrix(by_distance: Tensor, first: int, stop: int, keys: int) -> Tensor:
-    """Return the bias (T, keys) of queries at first ... stop - 1 and keys at 0 ... keys - 1.
+    """Return the bias (T, keys) for queries at first ... stop - 1 and keys at 0 ... keys - 1.
 
     by_distance (2 size - 1) has distance 0 in its middle.
     """
@@ -771,7 +773,7 @@ NORMS = {  # over the features of each position; batchnorm: each feature over al
 
 
 class SequenceNorm(nn.Module):
-    """The config's norm over x (B, L, D); checkpoints know it as `norm.norm`."""
+    """Norm of x (B, L, D), of the config's type; in checkpoints it is called `norm.norm`."""
 
     def __init__(self, config: MegaConfig, affine: bool):
         super().__init__()
@@ -838,7 +840,7 @@ def linear(config: MegaConfig, inputs: int, outputs: int) -> nn.Linear:
 
 
 def mix(residual: Tensor, update: Tensor, candidate: Tensor) -> Tensor:
-    """Blend the candidate into the residual (13, 15): gate H + (1 - gate) X."""
+    """Blend the candidate into the residual (equations 13 and 15): gate H + (1 - gate) X."""
     gate = torch.sigmoid(update)
     return residual + gate * (candidate - residual)
 
@@ -886,7 +888,7 @@ class MovingAverageGatedAttention(nn.Module):
         V = self.config.intermediate_size
         Z = self.config.shared_representation_size
         past = 0 if cache is None else cache.keys.shape[1]
-        residual = x  # the X of (15); all other equations take it normalized
+        residual = x  # the X of equation 15; all other equations use the normalized x
         if self.config.normalize_before_mega:
             x = self.norm(x)
         values = self.value_dropout(self.activation(self.v_proj(x)))  # (10): (B, L, V)
@@ -918,7 +920,7 @@ class MovingAverageGatedAttention(nn.Module):
     def attend(self, queries, keys, values, mask) -> tuple[Tensor, Tensor]:
         """Attend from queries (B, L, Z) to the keys and values (B, R + L, ...) of their chunks.
 
-        The queries are those of the last L positions, mask (B, R + L) is False at padding. Returns
+        The queries are those of the last L positions; mask (B, R + L) is False at padding. Returns
         outputs (B, L, V) and weights (B, K, T, C).
         """
         batch, length, _ = queries.shape
@@ -968,8 +970,8 @@ class MovingAverageGatedAttention(nn.Module):
         """Keep what later positions can see: the unfinished chunk or, without chunking, all."""
         if ema_state is None:
             raise ValueError(
-                "this EMA has no state to cache: it is bidirectional, truncated, or in mode "
-                f"{self.ema_gate.mode!r}; set use_cache=False"
+                "this EMA has no state to cache; set use_cache=False, or bidirectional=False, "
+                "truncation=None and a mode other than direct and fft"
             )
         length = keys.shape[1]
         chunk = self.config.attention_limit
@@ -1050,7 +1052,7 @@ class NormalizedFeedForward(nn.Module):
         residual = x
         if self.config.normalize_before_ffn:
             x = self.norm(x)
-        hidden = self.hidden_dropout(self.activation(self.fc1(x)))  # (B, L, F)
+        hidden = self.hidden_dropout(self.activation(self.fc1(x)))  # (B, L, nffn_hidden_size)
         y = residual + self.dropout(self.fc2(hidden))
         if not self.config.normalize_before_ffn:
             y = self.norm(y)
@@ -1098,8 +1100,8 @@ class MegaCache(NamedTuple):
     layers: list[LayerCache]
     length: int
     mask: Tensor | None = None  # (B, R), False at padding; None: no padding
-    started: Tensor | None = None  # (B), with a mask: has the sequence had a token yet?
-    ended: Tensor | None = None  # (B), with a mask: does the sequence end in padding after a token?
+    started: Tensor | None = None  # (B), with a mask: whether the sequence has had a token yet
+    ended: Tensor | None = None  # (B), with a mask: whether it ends in padding after a token
     source_mask: Tensor | None = None  # (B, S), False at padding of the encoder's states
 
 
@@ -1146,7 +1148,10 @@ class MegaBase(nn.Module):
         return model.eval()
 
     def resize_token_embeddings(self, size: int):
-        """Change the vocabulary to `size` tokens in place: cut the last ones or append new ones."""
+        """Change the vocabulary to `size` tokens in place: cut the last ones or append new ones.
+
+        Raises a ValueError for a bad size.
+        """
         resize(self, size)
 
     def set_chunk_size(self, size: int):
@@ -1156,7 +1161,7 @@ class MegaBase(nn.Module):
         config = replace(self.config, use_chunking=True, chunk_size=size)
         shift = centre(config) - centre(self.config)
         for module in self.modules():
-            if isinstance(module, SimpleBias):  # distance 0 moves in its table
+            if isinstance(module, SimpleBias):  # the index of distance 0 in its table changes
                 module.rel_pos_bias.data = module.rel_pos_bias.data.roll(shift)
         self.config.use_chunking = True
         self.config.chunk_size = size
@@ -1194,9 +1199,10 @@ class MegaModel(MegaBase):
         Masks (B, L) and (B, S) are 0 at padding. Padding takes up positions: before tokens it
         shifts the chunk boundaries, between tokens the EMA decays over it. Token types (B, L), 0 by
         default, are used if the config enables them; cross-attention needs encoder_hidden_states
-        (B, S, D). With a cache, the input continues where it ends, and encoder_hidden_states are
-        ignored; the mask may cover the input or all positions since the start. `use_cache` requests
-        the next cache; by default a decoder in eval mode returns one.
+        (B, S, D). With a cache, the input continues where the cache ends, and encoder_hidden_states
+        are ignored; the mask may cover the input or all positions since the start. `use_cache`
+        requests the next cache; by default a decoder in eval mode returns one. Raises a ValueError
+        for inputs that do not fit the config, each other or the cache.
         """
         use_cache = self.wants_cache(cache, use_cache)
         x = self.embed(input_ids, inputs_embeds, token_type_ids)
@@ -1263,7 +1269,7 @@ class MegaModel(MegaBase):
         """Return the first layer's input, (B, L, D)."""
         config = self.config
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids or inputs_embeds")
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
         x = inputs_embeds
         if x is None:
             input_ids = check_ids("input_ids", input_ids, config.vocab_size, "B", "L")
@@ -1294,7 +1300,7 @@ class MegaModel(MegaBase):
     def check_source(self, x: Tensor, source: Tensor | None, mask: Tensor | None):
         """Raise a ValueError unless the encoder's states and their mask fit the model."""
         if self.config.add_cross_attention != (source is not None):
-            raise ValueError("use encoder_hidden_states if and only if add_cross_attention=True")
+            raise ValueError("give encoder_hidden_states if and only if add_cross_attention=True")
         if source is not None:
             check_shape("encoder_hidden_states", source, len(x), "S", x.shape[2])
             if mask is not None:
@@ -1362,11 +1368,11 @@ def join_caches(layers: list[LayerCache], length: int, mask, old: MegaCache | No
 
 
 # -------------------------------------------------------------------------------------- 6 heads
-# A head wraps a MegaModel with layers of its own and a loss. All take the arguments of
-# MegaModel.forward, and `labels`; labels of -100 are ignored.
+# A head adds layers and a loss to a MegaModel. All but question answering take the arguments of
+# MegaModel.forward and `labels`; as a token or class, the label -100 is ignored.
 
-MANY_LABELS = 512  # with more, a training step never holds the logits of all positions
-SLICE = 512  # but those of this many positions at a time
+MANY_LABELS = 512  # with more labels than this, training computes the logits in slices if it can
+SLICE = 512  # positions per slice
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -1418,7 +1424,7 @@ class MegaForSequenceClassification(MegaBase):
     """Scores for each sequence: logits (B, num_labels).
 
     Labels are classes (B), real numbers (B) with num_labels=1, or flags (B, num_labels) as floats
-    or booleans. config.problem_type says which; if None, num_labels and their dtype decide.
+    or booleans. config.problem_type says which; if None, num_labels and the labels' dtype do.
     """
 
     def __init__(self, config: MegaConfig):
@@ -1469,7 +1475,10 @@ class MegaForMultipleChoice(MegaBase):
             flat[name] = value
             if torch.is_tensor(value):
                 if choices not in (None, value.shape[1]):
-                    raise ValueError(f"{name} has {value.shape[1]} choices, others {choices}")
+                    raise ValueError(
+                        f"{name} has {value.shape[1]} choices, other inputs {choices}; give all "
+                        "inputs the same number"
+                    )
                 choices = value.shape[1]
                 flat[name] = value.flatten(0, 1)  # (B choices, L, ...)
         check_padding(flat["attention_mask"], self.config.attention_limit)
@@ -1480,7 +1489,7 @@ class MegaForMultipleChoice(MegaBase):
 
 
 class MegaForQuestionAnswering(MegaBase):
-    """Scores of each position as an answer's start and end (B, L), labels as positions (B).
+    """Scores (B, L) of each position as the answer's start and end; labels are positions (B).
 
     A position beyond the sequence is ignored, a negative one counts as 0.
     """
@@ -1488,7 +1497,7 @@ class MegaForQuestionAnswering(MegaBase):
     def __init__(self, config: MegaConfig):
         super().__init__(config)
         if config.num_labels != 2:
-            raise ValueError(f"num_labels must be 2, start and end, got {config.num_labels}")
+            raise ValueError(f"num_labels must be 2 (for start and end), got {config.num_labels}")
         self.mega = MegaModel(config, add_pooling_layer=False)
         self.qa_outputs = linear(config, config.hidden_size, 2)
 
@@ -1653,8 +1662,8 @@ class MegaForCausalLM(LanguageModel):
         return self.score(out, self.lm_head, labels, output_logits)
 
     # --------------------------------------------------------------------------- 7 generation
-    # One pass over the prompt makes the cache; from there on each token costs one step. Where it
-    # can, `decode_step` takes that step, otherwise the model's own forward.
+    # One pass over the prompt makes the cache; from there on each token costs one step. Where
+    # possible, `decode_step` takes that step, otherwise the model's own forward does.
 
     def generate(self, input_ids: Tensor, max_new_tokens: int, temperature=1.0, top_k=None,
                  top_p=None, eos_token_id=None, attention_mask=None, seed=None, stream=None,
@@ -1664,8 +1673,8 @@ class MegaForCausalLM(LanguageModel):
         Temperature 0 takes the likeliest token; top_k and top_p restrict sampling to the likeliest.
         After eos_token_id, one id or several, a sequence is filled with padding, or with eos if
         there is no padding token; generation stops when all have ended. Left padding
-        (attention_mask 0) changes nothing. `cache` holds the positions before input_ids. New tokens
-        take the last token's type; other inputs are passed to MegaModel.
+        (attention_mask 0) does not affect the result. `cache` holds the positions before input_ids.
+        New tokens take the last token's type; other inputs are passed to MegaModel.
 
         `process(ids, logits)`, such as a Hugging Face logits processor, returns the logits to
         sample from. `stream` is called with each new token (B,); if it returns True, generation
@@ -1742,7 +1751,7 @@ class MegaForCausalLM(LanguageModel):
 
 
 class BlockState(NamedTuple):
-    """What a block needs for a step, which overwrites the last three: use each state once."""
+    """What a block needs for a step, which overwrites the last three fields: use it only once."""
 
     u: Tensor  # (D, N), the EMA's
     q: Tensor
@@ -1760,7 +1769,7 @@ class BlockState(NamedTuple):
     fc1: Callable
     fc2: Callable
     ema_state: Tensor  # (B, D, N)
-    keys: Tensor  # (B, room, Z), with zeros where later positions will go
+    keys: Tensor  # (B, room, Z): space for `room` positions, zeros beyond those read so far
     values: Tensor  # (B, room, V)
 
 
@@ -1829,7 +1838,7 @@ def start_decoding(model: MegaModel, cache: MegaCache) -> DecodingState:
 
 
 def extended(x: Tensor, room: int) -> Tensor:
-    """(B, R, ...) -> (B, room, ...)."""
+    """Append zeros to x (B, R, ...) up to `room` positions: (B, room, ...)."""
     return F.pad(x, (0, 0, 0, room - x.shape[1]))
 
 
@@ -1923,7 +1932,7 @@ def quick_linear(layer: nn.Module, batch: int) -> Callable:
 
 
 def vector_product(x: Tensor, matrix: Tensor, parts: int) -> Tensor:
-    """Multiply vectors x (B, 1, n) with matrices (B, n, m), cut into parts if B is 1: (B, m)."""
+    """Multiply vectors x (B, 1, n) by matrices (B, n, m), cut into parts if B is 1: (B, m)."""
     if parts == 1 or matrix.shape[2] % parts:
         return (x @ matrix).squeeze(1)
     matrices = matrix[0].view(-1, parts, matrix.shape[2] // parts).transpose(0, 1)
@@ -1933,7 +1942,7 @@ def vector_product(x: Tensor, matrix: Tensor, parts: int) -> Tensor:
 def count_parts(batch: int, matrix: Tensor) -> int:
     """Return how many parts to split a matrix into, so that all threads share its vector products.
 
-    On CPUs a single thread would do them, and decoding would take 1.3 times as long (2 threads).
+    On CPUs a single thread would do them: with 2 threads, decoding would take 1.3 times as long.
     """
     if batch > 1 or matrix.device.type != "cpu" or matrix.dtype != torch.float32:
         return 1
@@ -1966,7 +1975,7 @@ def end_tokens(eos_token_id) -> Tensor:
     try:
         ids = torch.as_tensor([] if eos_token_id is None else eos_token_id).flatten()
     except (TypeError, ValueError, RuntimeError):
-        raise ValueError(f"eos_token_id must be integers, got {eos_token_id!r}") from None
+        raise ValueError(f"eos_token_id must contain integers, got {eos_token_id!r}") from None
     return check_ids("eos_token_id", ids, LARGEST, "ids") if len(ids) > 0 else ids.long()
 
 
@@ -2006,7 +2015,7 @@ def draw(logits: Tensor, temperature: float, top_k, top_p, generator) -> Tensor:
 
 # -------------------------------------------------------------------------------- 8 checkpoints
 # Hugging Face's layout: a config.json, and weights in one file or in shards, in a folder or on the
-# hub. Tied weights are written once. A head's names for its MegaModel's weights begin with `mega.`.
+# hub. Tied weights are written once. The names of a head's MegaModel's weights begin with `mega.`.
 
 WEIGHT_FILES = (  # the first one found is read
     "model.safetensors",
@@ -2084,7 +2093,7 @@ def reason_and_advice(error: Exception) -> str:
 
 
 def read_checkpoint(source: str | Path, revision: str | None) -> tuple[dict, dict[str, Tensor]]:
-    """Return config and tensors of a folder or hub repository, with a bare model's names."""
+    """Return the config, and the tensors under a bare model's names, of a folder or repository."""
     config = read_json(find_file(source, "config.json", revision=revision))
     path = find_file(source, *WEIGHT_FILES, revision=revision)
     paths = [path]
@@ -2131,11 +2140,11 @@ def is_plain(x) -> bool:
 
 def unpickle(path: Path):
     """Read what torch.save wrote: tensors and plain values, no code."""
-    if zipfile.is_zipfile(path):  # torch.save does not compress: a larger content is a zip bomb
+    if zipfile.is_zipfile(path):  # torch.save does not compress, so a larger size is a zip bomb
         with zipfile.ZipFile(path) as archive:
             size = sum(member.file_size for member in archive.infolist())
         if size > path.stat().st_size:
-            raise ValueError(f"it would unpack to {size:,} bytes; torch.save makes no such file")
+            raise ValueError(f"it would unpack to {size:,} bytes, more than torch.save stores")
     return torch.load(path, "cpu", weights_only=True)
 
 
@@ -2146,7 +2155,7 @@ def match(cls, config: MegaConfig, weights: dict, ignore: bool, source: str) -> 
     fit, is left out and named in a single warning.
     """
     depth = config.num_hidden_layers
-    if not ignore:  # one layer more than the file's is enough to miss one
+    if not ignore:  # one layer more than the file has is enough to detect a missing one
         layers = {name.split(".")[1] for name in weights if name.startswith("layers.")}
         depth = min(depth, len(layers) + 1)
     with torch.device("meta"), warnings.catch_warnings():  # shapes alone, which take no memory
@@ -2208,8 +2217,9 @@ def describe_misfit(config: MegaConfig, name: str, found: Tensor | None, wanted:
     """Say what is wrong with a file's tensor, which settings explain it, and what to do."""
     if found is None:
         return (
-            f"tensor {name} is missing: is this a MEGA, with this num_hidden_layers, "
-            "normalization_type and relative_positional_bias, and these optional layers?"
+            f"tensor {name} is missing; check that this is a MEGA checkpoint, and that its "
+            "num_hidden_layers, normalization_type, relative_positional_bias and optional layers "
+            "are those of the config"
         )
     text = f"tensor {name} is {tuple(found.shape)}, but the config asks for {tuple(wanted.shape)}"
     if has_two_directions(name, found, wanted):
@@ -2277,7 +2287,7 @@ def main():
     print(f"logits with a cache differ from those of a full pass by {error:.0e} at most (fp32)")
 
     print("\nmilliseconds of the EMA, forward and backward, 256 channels of 16 states, fp32")
-    # The longest that take seconds.
+    # The longest sequence that each mode processes within seconds:
     longest = {"direct": 256, "recurrent": 1024, "fft": 4096, "blockwise": 16384}
     for length in (64, 256, 1024, 4096, 16384):
         cells = []
@@ -2288,7 +2298,7 @@ def main():
 
 
 def milliseconds(mode: str, config: MegaConfig, length: int) -> float:
-    """Time the second of two calls."""
+    """Time the second of two calls of the EMA, forward and backward, in milliseconds."""
     ema = DampedEMA(config, mode)
     x = torch.randn(1, length, config.hidden_size, requires_grad=True)
     for _ in range(2):

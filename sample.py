@@ -1,5 +1,7 @@
-"""Continue a prompt, or fill its masks, with a trained model: --model or, by default, the one that
-`python train.py` made in out/ or, until there is one, the small one in data/small.
+"""Continue a prompt, or fill its masks, with a trained model.
+
+The default model is the one that `python train.py` made in out/ or, until there is one, the small
+one in data/small; --model names another.
 
 python sample.py --prompt "The function"
 echo "The function" | python sample.py --temperature 0
@@ -39,7 +41,7 @@ KINDS = {"MegaForCausalLM": MegaForCausalLM, "MegaForMaskedLM": MegaForMaskedLM}
 def load_model(source: str | Path, chunk_size: int = 0):
     """Return the language model of a folder or hub id, in eval mode, and its tokenizer.
 
-    With chunk_size, attention sees chunks of that many tokens instead of as many as in training.
+    With chunk_size, attention sees chunks of that many tokens, not of the size used in training.
     """
     try:
         config = read_json(find_file(str(source), "config.json"))
@@ -128,8 +130,8 @@ def mask_of(codec) -> int:
 def fill_masks(model: MegaForMaskedLM, codec, prompt: str, write, count: int):
     """Write the `count` likeliest tokens for each <mask> of the prompt, with probabilities."""
     if not isinstance(model, MegaForMaskedLM):
-        raise UserError("--task fill-mask needs a MegaForMaskedLM, this is a MegaForCausalLM")
-    # A text starts with RoBERTa's <s>, which its encode adds, or with an end-of-text token.
+        raise UserError("--task fill-mask needs a MegaForMaskedLM; this model is a MegaForCausalLM")
+    # A text starts with <s>, which RobertaTokenizer.encode adds, or with an end-of-text token.
     start = [codec.end_of_text] if isinstance(codec, Tokenizer) else []
     ids = torch.tensor([[*start, *codec.encode(prompt), codec.end_of_text]])
     masks = (ids[0] == mask_of(codec)).nonzero().flatten()
@@ -161,11 +163,12 @@ def note(text):
 
 
 def find_out() -> str:
-    """Return the folder of train.py's model or, before it has been run, of the one supplied."""
+    """Return the folder of train.py's model or, until there is one, of the one in data/small."""
     out = Path("out")
-    if out.exists() and {p.name for p in out.iterdir()} - {"lock"}:  # a new run has only that
+    # A run that has saved nothing yet has only a lock.
+    if out.exists() and {p.name for p in out.iterdir()} - {"lock"}:
         return "out"
-    note("there is no model in out/ yet; using the small one in data/small; train.py makes yours")
+    note("there is no model in out/ yet, so data/small is used; train.py trains one of your own")
     return str(SMALL)
 
 
@@ -179,11 +182,12 @@ def main():
     parser.add_argument("--task", default="generate", choices=tasks, help="default: generate")
     parser.add_argument("--max_new_tokens", type=int, default=200, help="default: 200")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: greedy (default: 0.8)")
-    parser.add_argument("--top_k", type=int, help="sample from the k likeliest tokens only")
+    help_top_k = "sample from the k likeliest tokens only; fill-mask: show k tokens (default: 5)"
+    parser.add_argument("--top_k", type=int, help=help_top_k)
     parser.add_argument("--top_p", type=float, help="nucleus sampling: total probability to keep")
     parser.add_argument("--seed", type=int, default=1337, help="default: 1337")
     parser.add_argument("--num_samples", type=int, default=1, help="default: 1")
-    help_chunk = "most tokens that attention sees (default: as in training)"
+    help_chunk = "maximum number of tokens that attention sees (default: as in training)"
     parser.add_argument("--chunk_size", type=int, default=0, help=help_chunk)
     parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: auto)")
     options = vars(parser.parse_args())
@@ -193,7 +197,7 @@ def main():
         ("seed", 0 <= options["seed"] < 1 << 63, "from 0 to 2^63 - 1"),
         ("max_new_tokens", options["max_new_tokens"] >= 0, "0 or more"),
         ("chunk_size", options["chunk_size"] >= 0, "0 or more"),
-        ("temperature", 0 <= temperature < float("inf"), "0 or more"),
+        ("temperature", 0 <= temperature < float("inf"), "finite and 0 or more"),
         ("top_k", top_k is None or top_k >= 1, "at least 1"),
         ("top_p", top_p is None or 0 < top_p <= 1, "above 0 and at most 1"),
     ):

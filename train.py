@@ -1,6 +1,6 @@
 """Train a MEGA language model.
 
-    python train.py                       # WikiText-2, or offline the text that ships with Python
+    python train.py                       # WikiText-2 or, offline, the text that ships with Python
     python train.py --dataset=my_text.txt --max_minutes=5 --out_dir=out-mine
     python train.py --resume              # continue out_dir's run, with the settings it had
     python train.py --eval_only           # evaluate its best model on val and test
@@ -72,32 +72,32 @@ eval_only = False  # evaluate out_dir's best model on val and test, and stop
 dataset = "auto"  # a path, or one of data/prepare.py's; auto: wikitext-2, or pydocs when offline
 data_dir = ""  # folder for the prepared datasets; empty: data/ beside this file
 source = ""  # a folder, file, zip or URL from which to read the dataset instead of downloading it
-train_split = "train"  # the split of the source to train on
-val_split = "val"  # the split to evaluate on
-tokenizer = "auto"  # bpe, bytes or gpt2 (a download); auto: bytes for shakespeare and enwik8
+train_split = "train"  # the dataset's split to train on
+val_split = "val"  # the dataset's split to evaluate on
+tokenizer = "auto"  # bpe, bytes or gpt2 (a download); auto: bytes for shakespeare, enwik8, else bpe
 vocab_size = 2048  # number of bpe tokens
 # model
 n_layer = 4  # blocks
-n_embd = 160  # D
+n_embd = 160  # D, channels: the width of the hidden states
 intermediate_size = 0  # V, width of the values; 0: 2 n_embd
 nffn_hidden_size = 0  # F, width of the feed-forward network; 0: 2 n_embd
 shared_size = 64  # Z, width of queries and keys
 ema_size = 16  # N, EMA states per channel
-chunk_size = 128  # C, attention sees this many tokens; 0: block_size
+chunk_size = 128  # C, attention sees at most this many tokens; 0: block_size
 attention = "softmax"  # softmax, laplace or relu2
 dropout = 0.05  # on the outputs of the EMA, the layer and the feed-forward network
 hidden_dropout = 0.05  # on the values and the feed-forward network's hidden layer
 attention_dropout = 0.0  # on the attention weights
 feature_dropout = True  # drop whole features of a sequence, not single elements
 # optimization
-optimizer = "muon"  # muon (for matrices, adamw for the rest) or adamw
+optimizer = "muon"  # muon (for matrices; adamw for the rest) or adamw
 batch_size = 4  # sequences per forward pass
 block_size = 512  # tokens per sequence: the context length in training
 gradient_accumulation_steps = 1  # forward passes per step, divided among the processes
 max_iters = 10000  # maximum number of steps
-max_minutes = 8.5  # training time limit; 0: none, which also makes resuming exact
+max_minutes = 8.5  # training time limit; 0: none, and a resumed run repeats an unbroken one exactly
 learning_rate = 5e-3  # AdamW's peak, after warm-up
-ema_learning_rate = 2e-2  # AdamW's peak for EMAs, scales of queries and keys, position biases
+ema_learning_rate = 2e-2  # AdamW's peak for EMAs, query/key scales and shifts, position biases
 muon_learning_rate = 0.04  # Muon's peak
 min_lr_fraction = 0.02  # final learning rates, as a fraction of the peaks
 warmup_fraction = 0.02  # fraction of training spent on warm-up
@@ -109,7 +109,7 @@ grad_clip = 1.0  # maximum gradient norm; 0: no clipping
 # evaluation
 evaluations = 10  # spread evenly over training
 save_interval = 100  # steps between checkpoints; each evaluation makes one, too
-contexts = "512,carried,sliding"  # of the final evaluation: window lengths, or see `evaluate`
+contexts = "512,carried,sliding"  # of the final evaluation: window lengths, carried or sliding
 eval_chunk_size = 0  # attention's chunk size with eval_only; 0: as in training
 sample_tokens = 100  # length of the sample at each evaluation; 0: none
 # machine
@@ -127,7 +127,7 @@ SETTINGS = {
 
 # ---------------------------------------------------------------------------------------- settings
 
-# Defaults above that a dataset overrides; these sizes are for 8 to 15 minutes on two cores.
+# Values with which a dataset overrides the defaults above, for 8 to 15 minutes on two cores.
 PRESETS = {
     "shakespeare": {
         "n_embd": 192,
@@ -203,7 +203,7 @@ def read_settings(arguments: list[str]) -> argparse.Namespace:
 
 
 def wrong_setting(s) -> str | None:
-    """Return a sentence about the first setting out of range."""
+    """Return a sentence about the first setting that is out of range, or None."""
     for names, rule, valid in RULES:
         for name in names.split():
             if not valid(getattr(s, name)):
@@ -219,7 +219,8 @@ def check_memory(s):
     if needed > memory_of_machine():
         raise UserError(
             f"a step would need at least {needed / 1e9:,.0f} GB of memory, and this machine has "
-            f"{memory_of_machine() / 1e9:,.0f}; lower model sizes, --batch_size or --block_size"
+            f"{memory_of_machine() / 1e9:,.0f}; lower --n_layer, --n_embd, --batch_size or "
+            "--block_size"
         )
 
 
@@ -245,7 +246,8 @@ def find_data(s):
         except DownloadError as error:
             if s.dataset != "auto" or s.source:
                 raise
-            print(f"{name} can't be downloaded, so pydocs, Python's own text, is used: {error}")
+            used = "the text that ships with Python (pydocs) is used"
+            print(f"{name} can't be downloaded, so {used}: {error}")
             folder = stack.enter_context(prepared("pydocs", *options))
         yield folder
 
@@ -280,12 +282,13 @@ class Corpus:
             self.tokens[split] = tokens
         for split, least in (("train", block_size + 1), ("val", 2)):
             if len(self.tokens[split]) < least:
+                mend = " or lower --block_size" if split == "train" else ""
                 raise UserError(
-                    f"the {split} split of {folder} has {len(self.tokens[split])} tokens, but "
-                    f"--block_size={block_size} needs {least}; give more text or lower it"
+                    f"the {split} split of {folder} has {len(self.tokens[split])} tokens and needs "
+                    f"at least {least}; give more text{mend}"
                 )
         pairs = len(self.tokens["train"]) - 1  # of a token and the next one
-        self.windows = max(pairs // block_size - 1, 1)  # per epoch; one fewer leaves room to shift
+        self.windows = max(pairs // block_size - 1, 1)  # per epoch; one less, to leave a shift
         self.spare = pairs - self.windows * block_size
         self.orders = {}  # by epoch
 
@@ -294,11 +297,11 @@ class Corpus:
         return functools.reduce(lambda sofar, x: zlib.crc32(x, sofar), self.tokens.values(), 0)
 
     def ids(self, split: str) -> Tensor:
-        """Return a whole split, (T,)."""
+        """Return the token ids of a whole split, (T,)."""
         return torch.from_numpy(self.tokens[split].astype(np.int64))
 
     def epoch(self, number: int) -> np.ndarray:
-        """Return where the windows of an epoch start: newly shuffled, and shifted as a whole."""
+        """Return the starts of an epoch's windows: in random order, all shifted by one offset."""
         if number not in self.orders:
             random = np.random.default_rng((self.seed, number))
             starts = np.arange(self.windows) * self.block_size + random.integers(self.spare + 1)
@@ -363,8 +366,8 @@ def new_model(s, tokenizer: Tokenizer) -> MegaForCausalLM:
 class Muon(torch.optim.Optimizer):
     """Momentum for matrices, with orthogonalized updates (Jordan et al. 2024).
 
-    All directions of a matrix then move equally far, even those in which its gradient is small.
-    `dtype` is the one that the processor multiplies fastest; bfloat16 is precise enough.
+    A step changes a matrix equally in all directions, even those in which its gradient is small.
+    `dtype` is that of the matrix products in `orthogonalize`; bfloat16 is precise enough.
     """
 
     def __init__(self, parameters, lr, momentum, weight_decay, dtype=torch.float32):
@@ -394,7 +397,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
-    """Bring all singular values of matrices (M, rows, columns) near 1, to about 0.7 to 1.2.
+    """Bring all singular values of matrices (M, rows, columns) near 1: between about 0.7 and 1.2.
 
     Each of five Newton-Schulz steps applies a s + b s^3 + c s^5 to every singular value s.
     """
@@ -410,10 +413,10 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 
 
 def build_optimizers(s, model: nn.Module, device: torch.device, dtype: torch.dtype) -> list:
-    """Make Muon or AdamW with weight decay for matrices, and AdamW for the rest (and embeddings).
+    """Make Muon or AdamW, with weight decay, for matrices; AdamW for the rest and embeddings.
 
-    EMAs, the scales of queries and keys, and position biases have their own learning rate: they
-    learn best at one several times as high (see data/lecture/training.md).
+    EMAs, scales and shifts of queries and keys, and position biases have their own learning rate:
+    they learn best at a rate several times as high (see data/lecture/training.md).
     """
     names = re.compile("ema_gate|qk_weight|qk_bias|rel_pos_bias")
     ema = [p for name, p in model.named_parameters() if names.search(name)]
@@ -436,7 +439,10 @@ def build_optimizers(s, model: nn.Module, device: torch.device, dtype: torch.dty
 
 
 def learning_rate_factor(s, progress: float) -> float:
-    """Warm up and decay linearly; `progress` is the fraction of training done, 0 to 1."""
+    """Return the factor of the peak learning rates: linear warm-up, then linear decay.
+
+    `progress` is the fraction of training done, from 0 to 1.
+    """
     if progress < s.warmup_fraction:
         return max(progress / s.warmup_fraction, 0.01)
     return max((1 - progress) / (1 - s.warmup_fraction), s.min_lr_fraction)
@@ -448,9 +454,10 @@ EVALUATED = 8192  # tokens per forward pass: enough to be fast
 
 
 def evaluate(model: MegaForCausalLM, corpus: Corpus, split: str, context: str, autocast) -> dict:
-    """Evaluate on a whole split: nats per token, bits per byte, perplexity per word or line end.
+    """Evaluate on a whole split: nats per token, bits per byte, and perplexity per word.
 
-    All tokens are predicted but the split's first, an end of text. Contexts are
+    The end of a line counts as a word. All tokens but the split's first, an end-of-text token, are
+    predicted. Contexts are
 
         "512"      windows of this many tokens, each without earlier context;
         "carried"  the split is one sequence: the EMA is never reset, and attention sees the earlier
@@ -465,7 +472,7 @@ def evaluate(model: MegaForCausalLM, corpus: Corpus, split: str, context: str, a
             return in_units(total, corpus, split)
         chunk = model.config.attention_limit
         if chunk is None:
-            raise UserError(f"--contexts={context} needs a model with chunks; give a number")
+            raise UserError(f"--contexts={context} needs a model with chunks; give window lengths")
         late = chunk // 2 if context == "sliding" else 0
         total = loss_carried(model, tokens, chunk, 0, late, autocast)
         if late:
@@ -571,7 +578,7 @@ FILES += TOKENIZER_FILES
 
 
 class Diverged(UserError):
-    """A loss, gradient or weight is not finite; what was saved before is."""
+    """A loss, gradient or weight is not finite; the checkpoints saved before are intact."""
 
     def __init__(self, what: str):
         super().__init__(
@@ -581,7 +588,7 @@ class Diverged(UserError):
 
 
 class Training:
-    """A run: model, optimizers and counters, all of which a checkpoint needs for resuming."""
+    """A run: model, optimizers and counters, all of which a checkpoint holds for resuming."""
 
     def __init__(self, s, processes: Distributed, make_model=new_model, lock=None):
         self.settings = s
@@ -627,7 +634,7 @@ class Training:
             raise UserError(
                 f"a step's {self.sequences} sequences (--batch_size={s.batch_size} times "
                 f"--gradient_accumulation_steps={s.gradient_accumulation_steps}) can't be divided "
-                f"among {size} processes; make them a multiple of {size}"
+                f"among {size} processes; make their product a multiple of {size}"
             )
         mine = self.sequences // size
         first = self.processes.rank * mine
@@ -645,12 +652,14 @@ class Training:
         self.update(*self.gradients())
 
     def gradients(self) -> tuple[float, float]:
-        """Compute a step's gradient; return this process's loss and the seconds taken. Raise a
-        UserError if loss or gradient is not finite; if both are, so are the weights.
+        """Compute a step's gradient; return this process's loss and the seconds taken.
+
+        Raises a UserError if the loss or the gradient is not finite; otherwise the weights are
+        finite, too.
 
         All randomness of a step comes from the seed, the step and the index of a part's first
-        sequence. So a checkpoint holds no generator's state, and more processes change dropout only
-        where they change the parts.
+        sequence. So a checkpoint needs no generator's state, and the number of processes affects
+        dropout only through the parts.
         """
         s = self.settings
         start = time.perf_counter()
@@ -785,7 +794,8 @@ class Training:
         if state["processes"] != self.processes.size:
             self.processes.print0(
                 f"note: {state['processes']} processes made {path}, now there are "
-                f"{self.processes.size}: the data order is the same, sums and dropout may differ"
+                f"{self.processes.size}: the data order is the same; rounding and dropout may "
+                "differ"
             )
 
     def make_moments(self):
@@ -802,8 +812,8 @@ class Training:
         self.processes.broadcast(lambda: self.write_checkpoint(better))
 
     def write_checkpoint(self, better: bool):
-        """Write the checkpoint, after the model if it is a `better` one; old files stay until new
-        ones are complete. A run killed in between repeats these steps when it is resumed.
+        """Write the model if it is a `better` one, then last.pt; old files stay until the new ones
+        are complete. A run killed in between repeats the steps since the earlier last.pt.
         """
         state = self.state()
         if not all(x.isfinite().all() for x in leaves(state).values() if torch.is_tensor(x)):
@@ -898,7 +908,8 @@ def read_state(out: Path) -> dict:
         steps = [row["step"] for row in state["log"]]
         within = 0 <= max(steps, default=0) <= state["step"]
         if not within or state["step"] != len(state["losses"]):
-            raise ValueError(f"step {state['step']} with {len(state['losses'])} losses")
+            losses = f"its {len(state['losses'])} losses and its log"
+            raise ValueError(f"step {state['step']}, {losses} do not match")
         return state
 
 
@@ -933,7 +944,9 @@ def check_same(found: dict, wanted: dict, path: Path):
     names = [name for name in wanted if found.get(name) != wanted[name]]
     if names:
         differences = "; ".join(f"{n} was {found.get(n)}, not {wanted[n]}" for n in names[:4])
-        raise UserError(f"{path} was made with other settings or texts: {differences}")
+        raise UserError(
+            f"{path} was made with other settings or texts: {differences}; give the same ones"
+        )
 
 
 def check_tokenizer(folder: Path, own: Tokenizer, data: Path, other: Tokenizer):
@@ -947,7 +960,7 @@ def check_tokenizer(folder: Path, own: Tokenizer, data: Path, other: Tokenizer):
             break
     raise UserError(
         f"the checkpoint in {folder} has a different tokenizer from {data}: {difference}; give the "
-        "flags it was trained with, or start without --resume"
+        "flags it was trained with, or train a new model"
     )
 
 

@@ -152,7 +152,7 @@ def run(main):
 def one_sentence(error: BaseException) -> str | None:
     """Return a message for an error that the user can fix; None for a bug of our own."""
     if type(error).__name__ == "PanicException":  # from tiktoken's Rust code
-        return f"the tokenizer fails on this text ({short(error)}); any long runs of whitespace?"
+        return f"the tokenizer fails on this text ({short(error)}); shorten long runs of whitespace"
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError):
@@ -189,7 +189,7 @@ def read_flags(arguments, about: str, file: Path, settings: dict, also_called: d
 
 
 def flag_reader(default):
-    """Return the function that reads a flag of the type of `default`."""
+    """Return a function that converts a flag's text to the type of `default`."""
 
     def read(text: str):
         if isinstance(default, bool):
@@ -209,6 +209,7 @@ def keep_big_blocks():
     """Let glibc keep freed memory; otherwise each step would fault in all its pages again."""
     with contextlib.suppress(OSError, AttributeError):  # other C libraries have no mallopt
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-3, 1 << 30) or libc.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, or its old limit
+        # M_MMAP_THRESHOLD; older versions allow less
+        libc.mallopt(-3, 1 << 30) or libc.mallopt(-3, 1 << 25)
         libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
         libc.mallopt(-2, 1 << 28)  # M_TOP_PAD

@@ -45,8 +45,9 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 @functools.cache
 def bfloat16_is_faster() -> bool:
-    """Time matrix products: without bfloat16 instructions they take up to 200 times as long as in
-    float32, with them half as long.
+    """Return whether bfloat16 matrix products are faster than those in float32, by timing them.
+
+    Without bfloat16 instructions they take up to 200 times as long, with them half as long.
     """
     seconds = {torch.float32: [], torch.bfloat16: []}
     for size in (64, 512, 512):  # the very first calls load libraries
@@ -150,7 +151,8 @@ class Distributed:
 def number_in_environment(name: str, default: int) -> int:
     text = os.environ.get(name, str(default))
     if not text.isdecimal():
-        raise UserError(f"the environment has {name}={text}; unset it, or start with torchrun")
+        mend = "unset it, or start with torchrun"
+        raise UserError(f"the environment has {name}={text}, which is not a number; {mend}")
     return int(text)
 
 

@@ -11,7 +11,7 @@ the training text. Names that begin with a dot are skipped.
 
 It writes data/<name>/{train,val,test}.bin (token ids, in the smallest unsigned type that fits the
 vocabulary), the tokenizer (tokenizer.tiktoken, tokenizer_meta.json) and, last, meta.json: how the
-data were made, and the counts of documents, bytes, words and tokens in each split.
+data were made, and the documents, characters, bytes, words and tokens counted in each split.
 """
 
 import ast
@@ -173,7 +173,7 @@ class RobertaTokenizer:
         self.size = max(vocab.values()) + 1
 
     def encode(self, text: str) -> list[int]:
-        """The ids of <s> and the text; special tokens spelt out in the text are recognised."""
+        """Return the ids of <s> and the text; special tokens spelt out in it are recognised."""
         text = re.sub(r"\s+<mask>", "<mask>", text)  # a mask stands for a word and its space
         return [
             self.start,
@@ -181,7 +181,7 @@ class RobertaTokenizer:
         ]
 
     def decode_bytes(self, ids: list[int]) -> bytes:
-        """The text without special tokens."""
+        """Return the text without special tokens."""
         return b"".join(self.bytes.get(i, b"") for i in ids)
 
     def decode(self, ids: list[int]) -> str:
@@ -198,7 +198,7 @@ def load_roberta(vocab: str | Path, merges: str | Path) -> RobertaTokenizer:
 
 
 def read_lines(path: Path) -> list[str]:
-    """The non-empty lines of a tokenizer file; ValueError if more than a vocabulary can have."""
+    """Return the non-empty lines of a tokenizer file; raise a ValueError if there are too many."""
     content = path.read_bytes()
     if content.count(b"\n") > LARGEST_VOCABULARY:
         raise ValueError(f"{path.name} has more than {LARGEST_VOCABULARY:,} lines")
@@ -216,7 +216,10 @@ def check_ranks(ranks, most: int):
 
 
 def new_tokenizer(kind: str, vocab_size: int, documents: list[str]) -> Tokenizer:
-    """kind "bpe": trained on `documents`, at most vocab_size ids; "bytes": 256; "gpt2": 50257."""
+    """Make a tokenizer: "bpe" (trained on the documents), "bytes" (256 ids) or "gpt2" (50,257).
+
+    A bpe tokenizer has at most vocab_size ids.
+    """
     single_bytes = {bytes([i]): i for i in range(256)}
     if kind == "bytes":
         return Tokenizer(single_bytes, BYTE_PATTERN, end_of_text=0)  # a byte that texts hardly use
@@ -272,7 +275,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
             rows = [line.split() for line in read_lines(folder / "tokenizer.tiktoken")]
             ranks = {base64.b64decode(token): int(rank) for token, rank in rows}
             if not 0 <= meta["end_of_text"] <= len(ranks):
-                raise ValueError(f"end_of_text is {meta['end_of_text']}")
+                raise ValueError(f"end_of_text is {meta['end_of_text']}, above {len(ranks)}")
             check_ranks((int(rank) for _, rank in rows), most=len(ranks))
             if not {bytes([i]) for i in range(256)} <= ranks.keys():
                 raise ValueError("it lacks some of the 256 bytes")
@@ -328,7 +331,7 @@ def copy_url(url: str, path: Path):
 
 
 def decode(content: bytes, name: str) -> str:
-    """The text of a file, with all line endings converted to newlines."""
+    """Return the text of a file, with all line endings converted to newlines."""
     try:
         text = content.decode("utf-8-sig")  # without the byte order mark that Windows adds
     except UnicodeDecodeError as error:
@@ -347,7 +350,7 @@ def how_to_convert(name: str) -> str:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a part of a path begins with a dot, or is macOS's metadata folder in a zip."""
+    """Return whether a part of a path begins with a dot or is macOS's metadata folder in a zip."""
     return any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(name).parts)
 
 
@@ -372,7 +375,7 @@ def is_url(source: str) -> bool:
 
 
 def read_files(source: Path) -> dict[str, bytes]:
-    """Name -> content of a text file, or of the text files in a folder or zip, in order."""
+    """Return name -> content of a text file, or of the text files in a folder or zip, in order."""
     check_exists(str(source))
     if source.is_file() and (source.suffix == ".zip" or zipfile.is_zipfile(source)):
         return unzip(source)
@@ -401,7 +404,7 @@ def check_size(source: Path, size: int):
 
 
 def tell_texts(source: Path, names) -> list[str]:
-    """The text files among the names in a folder or zip, sorted; say so if others are skipped."""
+    """Return the text files among the names in a folder or zip, sorted; print which are skipped."""
     texts = sorted(name for name in names if is_text(name))
     others = sorted(name for name in names if name not in texts and not is_hidden(name))
     if "[Content_Types].xml" in names:
@@ -411,7 +414,8 @@ def tell_texts(source: Path, names) -> list[str]:
         raise UserError(f"{source} has no text files ({', '.join(sorted(ENDINGS))}){only}")
     if others:
         more = ", ..." if len(others) > 3 else ""
-        print(f"note: skipped in {source} for their extensions: {', '.join(others[:3])}{more}")
+        names = ", ".join(others[:3])
+        print(f"note: files in {source} skipped for their extensions: {names}{more}")
     return texts
 
 
@@ -419,7 +423,7 @@ def tell_texts(source: Path, names) -> list[str]:
 
 
 def split_of(name: str) -> str | None:
-    """The split that a path names, by a folder (train/a.txt) or the file (wiki.train.tokens)."""
+    """Return the split that a path names: by a folder (train/a.txt) or file (wiki.train.raw)."""
     file = name.lower().rsplit("/", 1)[-1]
     for split, words in SPLITS.items():
         if re.fullmatch(rf"(?:^|.*[._-])(?:{words})(?:[._-].*)?", file):
@@ -436,13 +440,13 @@ def folder_split(name: str) -> str | None:
 
 
 def split_files(files: dict[str, bytes]) -> dict[str, list[str]]:
-    """Split -> its texts: the files in a folder of its name, or the one file of its name."""
+    """Return split -> its texts: the files in a folder of its name, or the one file of its name."""
     splits = {}
     for split in SPLITS:
         names = [name for name in files if split_of(name) == split]
         alone = [name for name in names if folder_split(name) is None]
         if alone and len(names) > 1:
-            raise UserError(f"several files for the {split} split, keep one: {', '.join(names)}")
+            raise UserError(f"several files for the {split} split: {', '.join(names)}; keep one")
         if names:
             splits[split] = [decode(files[name], name) for name in names]
     return splits
@@ -472,7 +476,7 @@ def wikitext(name: str, source: str | None, folder: Path) -> dict[str, list[str]
 
 
 def one_text(name: str, source: str | None, folder: Path) -> dict[str, list[str]]:
-    """A published text cut into splits by bytes, as is customary for reported results."""
+    """Cut a published text into splits by bytes, as is customary for reported results."""
     about = PUBLISHED[name]
     files = fetch(source, folder) if source else fetch_published(name, folder)
     if len(files) != 1:
@@ -492,7 +496,7 @@ def one_text(name: str, source: str | None, folder: Path) -> dict[str, list[str]
 
 
 def fetch_published(name: str, folder: Path) -> dict[str, bytes]:
-    """The files of an earlier download, or of the first address that has them."""
+    """Return the files of an earlier download, or of the first address that has them."""
     about = PUBLISHED[name]
     errors = []
     path = folder / f"raw{PurePosixPath(about['urls'][0]).suffix}"
@@ -510,7 +514,7 @@ def fetch_published(name: str, folder: Path) -> dict[str, bytes]:
 
 
 def fetch(source: str, folder: Path) -> dict[str, bytes]:
-    """The files of a path, or of the zip or text at a URL, downloaded temporarily to `folder`."""
+    """Return the files at a path, or of a zip or text at a URL, kept in `folder` while read."""
     if not is_url(source):
         return read_files(Path(source))
     text = PurePosixPath(source).suffix == ".txt"
@@ -523,7 +527,7 @@ def fetch(source: str, folder: Path) -> dict[str, bytes]:
 
 
 def pydocs() -> dict[str, list[str]]:
-    """The language reference and the standard library's docstrings, one document per module."""
+    """Return the language reference and the library's docstrings, one document per module."""
     from pydoc_data import topics
 
     documents = [f"{name}\n\n{text}" for name, text in sorted(topics.topics.items())]
@@ -539,7 +543,7 @@ def pydocs() -> dict[str, list[str]]:
 
 
 def docstrings(source: bytes) -> str:
-    """All docstrings of a Python file, in order, without running it."""
+    """Return all docstrings of a Python file, in order, without running it."""
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     try:
         nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, kinds)]
@@ -555,7 +559,7 @@ def docstrings(source: bytes) -> str:
     return "\n\n".join(found)
 
 
-HELD_OUT = {"val": 7, "test": 17}  # which documents: those with this index modulo 20
+HELD_OUT = {"val": 7, "test": 17}  # documents whose index modulo 20 is this
 
 
 def hold_out(documents: list[str], splits: list[str]) -> dict[str, list[str]]:
@@ -577,13 +581,13 @@ def hold_out(documents: list[str], splits: list[str]) -> dict[str, list[str]]:
 
 
 def border(text: str, near: int, before: int) -> int:
-    """The start of the first line after `near`; `near` itself if that is not below `before`."""
+    """Return the start of the first line after `near`, or `near` if that is not below `before`."""
     start = text.find("\n", near) + 1
     return start if 0 < start < before else near
 
 
 def own_text(source: str, folder: Path) -> dict[str, list[str]]:
-    """The splits that files and folders name; a missing one is cut from the training text."""
+    """Return the splits that files and folders name; cut missing ones from the training text."""
     files = fetch(source, folder)
     splits = split_files(files) if len(files) > 1 else {}
     if [*splits] == ["train"]:  # perhaps just a file that is called how-to-train.txt
@@ -722,7 +726,7 @@ def make(folder: Path, made_by: dict):
 
 
 def fingerprint(source: str) -> list:
-    """Names, sizes and modification times of local files, so that a changed text is noticed."""
+    """Return names, sizes and modification times of local files, to notice when a text changes."""
     if not source or is_url(source):
         return []
     path = Path(source)
@@ -732,7 +736,7 @@ def fingerprint(source: str) -> list:
 
 
 def read_meta(folder: Path) -> dict:
-    """The content of meta.json; empty if the folder is not complete."""
+    """Return the content of meta.json; empty if the folder is not complete."""
     try:
         return {**json.loads((folder / "meta.json").read_bytes())}
     except (FileNotFoundError, ValueError, TypeError, RecursionError):
@@ -742,7 +746,7 @@ def read_meta(folder: Path) -> dict:
 def main():
     parser = Parser(__doc__)
     parser.add_argument("dataset", help=f"{', '.join(PUBLISHED)}, pydocs, or a path")
-    parser.add_argument("--source", help="read it from this file, zip, folder or URL of a zip")
+    parser.add_argument("--source", help="read it from this file, zip or folder, or from a URL")
     parser.add_argument("--train_split", default="train", choices=SPLITS)
     parser.add_argument("--val_split", default="val", choices=SPLITS)
     parser.add_argument("--tokenizer", default="auto", choices=TOKENIZERS)

@@ -69,7 +69,7 @@ from mega import (
 # files
 out_dir = ""  # folder for the model and result; empty: out-<task>[-baseline]-<seed>
 source = ""  # folder or file with the data, instead of a download
-data_dir = ""  # folder for downloads; empty: data/ beside this file
+data_dir = ""  # folder for downloads; empty: the project's data/
 # data
 dataset = "auto"  # masks: a path, or one of data/prepare.py's, as in train.py
 depth = 4  # listops: deepest nesting of operators, 1 to 10 (10 in the paper)
@@ -85,10 +85,10 @@ beams = 4  # translation: beam size, the number of prefixes that beam search kee
 # model
 baseline = False  # train a Transformer with as many parameters instead of MEGA
 n_layer = 4  # blocks; for translation, of the encoder and of the decoder
-n_embd = 64  # D
-shared_size = 64  # Z
-ema_size = 16  # N
-chunk_size = 0  # C; 0: no chunks
+n_embd = 64  # D, channels: the width of the hidden states
+shared_size = 64  # Z, width of queries and keys
+ema_size = 16  # N, EMA states per channel
+chunk_size = 0  # C, attention sees at most this many positions; 0: all
 attention = "softmax"  # softmax, laplace or relu2
 norm = "layernorm"  # layernorm, scalenorm, rmsnorm or batchnorm
 dropout = 0.1  # of outputs and hidden values of all sublayers, not of attention weights
@@ -98,8 +98,8 @@ positions = 4096  # positions per batch, padding included; for translation, of s
 max_minutes = 8.0  # minutes of training
 max_iters = 1000000  # maximum number of steps
 learning_rate = 5e-3  # AdamW's peak, after the warm-up
-ema_learning_rate = 2e-2  # AdamW's for EMAs, query and key scales, and position biases
-muon_learning_rate = 0.02  # Muon's
+ema_learning_rate = 2e-2  # AdamW's peak for EMAs, query/key scales and shifts, position biases
+muon_learning_rate = 0.02  # Muon's peak
 weight_decay = 0.1  # of the matrices
 # machine
 device = "auto"  # cpu, cuda, ...; auto: cuda if there is one
@@ -120,7 +120,7 @@ RECIPES = {
     "translation": {"n_layer": 3, "n_embd": 128, "positions": 1024, "dropout": 0.0},
     "masks": {"n_embd": 160, "chunk_size": 128, "vocab_size": 2048},
 }
-# Settings that other tasks do not have.
+# Settings that only some tasks have.
 OWN = {
     "listops": "depth operands shortest longest expressions",
     "digits": "side",
@@ -353,7 +353,7 @@ class ListOps(Classification):
                 raise UserError(
                     f"with --depth={s.depth} and --operands={s.operands}, hardly one random "
                     f"expression in a hundred is new and has {s.shortest} to {s.longest} tokens; "
-                    "change --shortest, --longest, --depth, or lower --expressions"
+                    "change --shortest, --longest or --depth, or lower --expressions"
                 )
             expression = random_expression(rng, s.depth, s.operands)
             tokens = tokens_of(expression)
@@ -396,7 +396,7 @@ class Digits(Classification):
         if (folder / "train-images-idx3-ubyte.gz").exists():
             self.train = self.read(folder, "train")
         else:
-            print(f"note: {folder} has the test images only: four of five are used for training")
+            print(f"note: {folder} has the test images only: four in five are used for training")
             self.split(self.test)
 
     def split(self, examples: list[Example]):
@@ -564,7 +564,7 @@ def rows_of(state, rows: Tensor):
 
 
 def beam_search(model, source: Tensor, mask: Tensor, end: int, beams: int, longest: int) -> Tensor:
-    """Translate sentences (B, S): keep the `beams` likeliest prefixes of each; 1 is greedy search.
+    """Translate sentences (B, S), keeping the `beams` likeliest prefixes; beams=1: greedy search.
 
     A step never changes a cache, so several prefixes may continue from the same one. Return the
     ids (B, T), padded with `end`, of the prefix with the highest mean log-probability per token.
@@ -618,7 +618,8 @@ class Translation(Task):
         english, german = texts
         if len(english) != len(german) or not english:
             raise UserError(
-                f"{folder} has {len(english)} lines of {part} in English, {len(german)} in German"
+                f"{folder} has {len(english)} lines of {part} in English, {len(german)} in German; "
+                "give as many of both"
             )
         return [*zip(english, german, strict=True)]
 
@@ -748,10 +749,10 @@ HEADS = 4
 
 
 class TransformerEncoder(nn.Module):
-    """torch's encoder with sinusoidal positions, with the same interface as MEGA's heads.
+    """torch's encoder with sinusoidal positions and the interface of MEGA's heads.
 
-    Return logits of `classes` classes from the mean over positions or, with classes=0, of tokens at
-    each position.
+    Its logits are those of `classes` classes, from the mean over positions, or, with classes=0, of
+    tokens at each position.
     """
 
     def __init__(self, s, vocabulary: int, ffn_size: int, classes: int = 0):
@@ -920,7 +921,7 @@ def new_config(s, vocabulary: int, **more) -> MegaConfig:
 
 
 def train_model(s, task, model: nn.Module, autocast) -> tuple[int, bool]:
-    """Train for s.max_minutes; return the steps taken, and whether no signal cut them short."""
+    """Train for max_minutes or max_iters; return the steps, and whether no signal came before."""
     optimizers = train.build_optimizers(s, model, device_of(model), torch.float32)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     highest = [group["lr"] for group in groups]
@@ -1093,7 +1094,7 @@ def main(arguments: list[str] | None = None):
     if name in ("-h", "--help"):
         flags = [name]
     elif name not in TASKS:
-        raise UserError(f"name a task first, {', '.join(TASKS)}, or --results; got {name!r}")
+        raise UserError(f"the first argument must be {', '.join(TASKS)} or --results, got {name!r}")
     given = read_flags(flags, __doc__, Path(__file__), SETTINGS, {})
     run_task(name, read_settings(name, given))
 

@@ -1,12 +1,13 @@
-"""Speed compared with other implementations, alternating in one process: medians, in tokens/s.
+"""Compare MEGA's speed with that of other implementations, in turns in one process.
 
     python -m data.lecture.compare --nanogpt ../nanoGPT/model.py     # needs transformers==4.40.2
     python -m data.lecture.compare --mega_pytorch ../Mega-pytorch/mega_pytorch/mega_pytorch.py
 
-It times training steps (forward, loss, backward; 4,096 tokens, or one sequence if longer), also of
-nanoGPT's model of the same width and depth, forward passes, and greedy decoding, also by a bare
-loop of the same tensor operations. Freed memory is kept as in train.py, unless --default_allocator
-is given. --only=decoding, for example, runs just one part.
+It prints medians, in tokens per second, for training steps (forward, loss, backward; 4,096 tokens,
+or one sequence if that is longer), forward passes and greedy decoding. The models given by flags,
+of the same width and depth, are timed in training only. Decoding is also timed in a bare loop of
+the same tensor operations. Freed memory is kept as in train.py, unless --default_allocator is
+given. --only=decoding, for example, runs just one part.
 """
 
 import argparse
@@ -207,9 +208,10 @@ def by_turns(what: str, models: dict, work, tokens: int, rounds: int):
             work(model)
             times[name].append(time.perf_counter() - start)
     speeds = {name: tokens / statistics.median(t[1:]) for name, t in times.items()}
-    ours = speeds["this"]
-    found = ", ".join(f"{n} {v:,.0f} ({ours / v:.2f}x)" for n, v in speeds.items() if n != "this")
-    print(f"{what}: this {ours:,.0f}, {found}", flush=True)
+    ours = speeds["mega.py"]
+    others = [name for name in models if name != "mega.py"]
+    found = ", ".join(f"{name} {speeds[name]:,.0f} ({ours / speeds[name]:.2f}x)" for name in others)
+    print(f"{what}: mega.py {ours:,.0f}, {found}", flush=True)
 
 
 def main(arguments=None):
@@ -245,7 +247,7 @@ def random_ids(rows: int, length: int) -> torch.Tensor:
 def compare_training(options, dtype_name: str, dtype: torch.dtype):
     ours = MegaForCausalLM(MegaConfig(**MODEL))
     for length in options.lengths:
-        models = {"this": ours.train(), "transformers": build_theirs().train()}
+        models = {"mega.py": ours.train(), "transformers": build_theirs().train()}
         if options.nanogpt:
             models["nanoGPT"] = build_nanogpt(options.nanogpt, length)
         if options.mega_pytorch:
@@ -260,7 +262,7 @@ def compare_forward(options, dtype_name: str, dtype: torch.dtype):
         for length in options.lengths if chunking else [n for n in options.lengths if n < 9000]:
             ours = MegaForCausalLM(MegaConfig(**MODEL | {"use_chunking": chunking}))
             models = {
-                "this": ours.eval(),
+                "mega.py": ours.eval(),
                 "transformers": build_theirs(use_chunking=chunking).eval(),
             }
             work = functools.partial(forward, ids=random_ids(1, length), dtype=dtype)
@@ -274,7 +276,7 @@ def compare_decoding(options):
     theirs = build_theirs(use_chunking=False).eval()
     greedy = {"do_sample": False, "max_new_tokens": n, "pad_token_id": 1, "eos_token_id": None}
     calls = {
-        "this": lambda: ours.generate(random_ids(1, 8), n, 0),
+        "mega.py": lambda: ours.generate(random_ids(1, 8), n, 0),
         "the bare loop": lambda: bare_loop(ours, random_ids(1, 8), n),
         "transformers": lambda: theirs.generate(random_ids(1, 8), **greedy),
     }

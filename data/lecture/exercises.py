@@ -28,12 +28,12 @@ def half_life(p: float, delta: float) -> float:
 
 
 def recurrence(x: Tensor, u: Tensor, q: Tensor, g: Tensor) -> Tensor:
-    """The EMA of one channel by a loop over its steps: x (L,), u, q, g (N,) -> y (L,)."""
+    """Return the EMA of one channel, by a loop over the steps: x (L,), u, q, g (N,) -> y (L,)."""
     raise NotImplementedError("write recurrence")
 
 
 def kernel(ema, length: int) -> Tensor:
-    """The kernel (length,) of any linear, time-invariant `ema`, a function from x (L,) to y (L,).
+    """Return the kernel (length,) of any linear, time-invariant function `ema` from x to y (L,).
 
     You can't look inside it, but you may call it once, with an x of your choice.
     """
@@ -50,7 +50,7 @@ def join(first: tuple, second: tuple) -> tuple:
 
 
 def complex_kernel(u: Tensor, q: Tensor, theta: Tensor, g: Tensor, length: int) -> Tensor:
-    """The kernel (length,) of one channel whose states also rotate, as in S4D and Megalodon.
+    """Return the kernel (length,) of a channel whose states also rotate, as in S4D and Megalodon.
 
     u, q, theta, g (N,) are real; h_t = q e^{i theta} h_{t-1} + u x_t, and y_t is the real part of
     the sum of g h_t. At theta = 0 that is MEGA's kernel.
@@ -59,15 +59,15 @@ def complex_kernel(u: Tensor, q: Tensor, theta: Tensor, g: Tensor, length: int) 
 
 
 def cached_numbers(config: MegaConfig, length: int) -> int:
-    """How many numbers a decoder's cache holds after `length` tokens of one sequence.
+    """Return how many numbers a decoder's cache holds after `length` tokens of one sequence.
 
-    With or without chunking; there is no padding and no cross-attention.
+    The config may use chunking or not; there is no padding and no cross-attention.
     """
     raise NotImplementedError("write cached_numbers")
 
 
 def first_seen(position: int, chunk: int, layers: int) -> int:
-    """The first position that can affect the output at `position` of a decoder without an EMA.
+    """Return the first position that can affect the output at `position` of a decoder without EMA.
 
     `chunk` is its chunk size in tokens, `layers` its number of layers.
     """
@@ -75,7 +75,7 @@ def first_seen(position: int, chunk: int, layers: int) -> int:
 
 
 def beam_search(model: MegaForCausalLM, ids: Tensor, new: int, beams: int) -> Tensor:
-    """The likeliest continuation of ids (1, L) that beam search finds: (1, L + new).
+    """Return the likeliest continuation of ids (1, L) that beam search finds, (1, L + new).
 
     At each step keep the `beams` prefixes with the highest sum of log-probabilities. The model
     must read each token only once: continue from its cache. All tensors of a cache have the batch
@@ -110,7 +110,7 @@ class SequenceRegression(MegaBase):
 
 
 def coefficients(seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """u, q, g (D = 3, N = 4) in fp64."""
+    """Make random u, q, g (D = 3, N = 4) in fp64."""
     torch.manual_seed(seed)
     u, g = torch.randn(2, 3, 4, dtype=torch.float64)
     return u, torch.rand(3, 4, dtype=torch.float64), g

@@ -5,8 +5,9 @@
 
 `memory`, `border` and `cache` examine the trained model in data/small, or in --model, and take
 seconds. The others train models of 0.46M parameters on the bytes of the text that ships with
-Python, in train.py's loop, for 600 steps of 2,048 bytes with each of three seeds, and take some
-minutes each on two CPU cores. `--steps=200 --seeds=1` gives a first impression.
+Python, in train.py's loop, for 600 steps of 2,048 bytes (1,800 for `average`) with each of three
+seeds, and take some minutes each on two CPU cores. `--steps=200 --seeds=1` gives a first
+impression.
 """
 
 import functools
@@ -72,11 +73,11 @@ def memory(options):
     The half-life of an EMA state, ln 2 / -ln q, is the number of tokens after which half of what
     was written to it is left. A layer has D times N states.
     """
-    print(f"{'':18}{'10% below':>15}{'median':>12}{'10% above':>15}{'longest':>9}")
+    print(f"{'':18}{'10th percentile':>15}{'median':>9}{'90th percentile':>18}{'longest':>9}")
     for name, ema in layers_of(options.model).items():
         lives = half_lives(ema)
         low, middle, high, longest = (lives.quantile(part).item() for part in (0.1, 0.5, 0.9, 1))
-        print(f"{name:18}{low:15.1f}{middle:12.1f}{high:15.1f}{longest:9.1f}")
+        print(f"{name:18}{low:15.1f}{middle:9.1f}{high:18.1f}{longest:9.1f}")
 
 
 def half_lives(ema: DampedEMA) -> Tensor:
@@ -142,7 +143,7 @@ def cache(options):
     config = model.config
     whole = MegaForCausalLM(replace(config, use_chunking=False)).eval()
     ids = torch.randint(tokenizer.size, (1, 10_000))
-    print(f"{'tokens':>8}{'in chunks':>12}{'no chunks':>12}{'Transformer':>14}   KiB in fp32")
+    print(f"size in KiB, fp32\n{'tokens':>8}{'in chunks':>12}{'no chunks':>12}{'Transformer':>14}")
     for length in (100, 1000, 10_000):
         caches = [m.mega(ids[:, :length], use_cache=True).cache for m in (model, whole)]
         sizes = [cached_numbers(found) for found in caches]
@@ -192,8 +193,8 @@ def compare(options, models: dict[str, dict], longer: int = 1):
 def average(options):
     """What is the moving average worth?
 
-    This takes three times as many steps as the other questions: without the average, learning
-    takes off late, and a short run would exaggerate the difference.
+    This takes three times as many steps as the other questions, to show whether a model without
+    the average catches up.
     """
     compare(options, {"MEGA": {}, "no average": {"ema": NoEMA}}, longer=3)
 
@@ -202,7 +203,7 @@ def damping(options):
     """What is damping worth?
 
     Without it delta is 1 and q = 1 - p: a state that forgets slowly also takes in little, but beta
-    can make up for that. Here it starts with the same q and the same p beta as MEGA.
+    can make up for that. This model starts with the same q and the same p beta as MEGA.
     """
     compare(options, {"MEGA": {}, "delta = 1": {"ema": Undamped}})
 
@@ -280,8 +281,8 @@ def check_names(what: str, names: list[str], known):
 def main():
     parser = Parser(__doc__)
     parser.add_argument("names", nargs="*", help=f"{', '.join(EXPERIMENTS)}, or all")
-    parser.add_argument("--model", default=SMALL, help="the checkpoint to look into")
-    parser.add_argument("--steps", type=int, default=600, help="of 2,048 bytes (default: 600)")
+    parser.add_argument("--model", default=SMALL, help="the checkpoint to examine")
+    parser.add_argument("--steps", type=int, default=600, help="of 2,048 bytes each (default: 600)")
     parser.add_argument("--seeds", type=int, default=3, help="models of each kind (default: 3)")
     options = parser.parse_args()
     check_names("experiment", options.names, [*EXPERIMENTS, "all"])

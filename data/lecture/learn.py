@@ -1,4 +1,4 @@
-"""How well other models learn in train.py's loop, compared with MEGA, in the same time.
+"""Compare how well MEGA and other models learn in train.py's loop in the same time.
 
     python -m data.lecture.learn --nanogpt ../nanoGPT/model.py --nanogpt_dropout 0.2 --max_minutes=5
     python -m data.lecture.learn --transformers       # their MEGA; needs transformers==4.40.2
@@ -42,7 +42,7 @@ class NanoGPT(nn.Module):
 
 
 class Transformers(nn.Module):
-    """transformers' MEGA with the initial weights of ours, called like ours in train.py.
+    """transformers' MEGA with our initial weights, called like ours in train.py.
 
     It lacks the final norm and the scaling of embeddings; its feature dropout drops whole chunks
     (fault 17 in checkpoints.md), so plain dropout is used here.
@@ -69,7 +69,7 @@ class Transformers(nn.Module):
 
 
 def learn(s, make_model=train.new_model, after_step=lambda t: None) -> train.Training:
-    """Run a training from its first to its last step, in a temporary folder, and return it."""
+    """Train a model from the first to the last step, in a temporary folder; return the Training."""
     if s.threads:
         torch.set_num_threads(s.threads)
     with tempfile.TemporaryDirectory() as s.out_dir, contextlib.redirect_stdout(sys.stderr):
@@ -99,7 +99,7 @@ def nats_in_overlapping_windows(model, tokens: Tensor, length: int, autocast) ->
 
 
 def show(name: str, s, make_model=train.new_model):
-    """Train a model and say how well it then predicts the validation split."""
+    """Train a model, and print how well it then predicts the validation split."""
     t, ours, length, found = learn(s, make_model), make_model is train.new_model, s.block_size, {}
     for context in (str(length), *(("carried", "sliding") if ours else ())):
         about = f"windows of {context}" if context.isdigit() else context
@@ -120,7 +120,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--transformers", action="store_true", help="also train their MEGA")
     parser.add_argument("--nanogpt", metavar="MODEL_PY", help="also train nanoGPT: its model.py")
-    parser.add_argument("--nanogpt_dropout", default="0.2", help="for it, in place of --dropout")
+    parser.add_argument("--nanogpt_dropout", default="0.2", help="nanoGPT's, in place of --dropout")
     parser.add_argument("--rounds", type=int, default=1)
     mine, others = parser.parse_known_args()
     check_file(mine.nanogpt)

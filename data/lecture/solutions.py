@@ -1,4 +1,4 @@
-"""Answers to exercises.py, to be opened after trying. The project's tests check them."""
+"""Answers to exercises.py; open them once you have tried. The project's tests check them."""
 
 import math
 
@@ -11,7 +11,7 @@ from mega import MegaBase, MegaConfig, MegaForCausalLM, MegaModel
 
 
 def half_life(p: float, delta: float) -> float:
-    """A step leaves q = 1 - p delta; q^l = 1/2 at l = ln(1/2) / ln q."""
+    """A step leaves the fraction q = 1 - p delta; q^l = 1/2 at l = ln(1/2) / ln q."""
     return math.log(0.5) / math.log(1 - p * delta)
 
 

@@ -51,7 +51,7 @@ class Undamped(DampedEMA):
 
 
 class ComplexEMA(DampedEMA):
-    """An EMA whose states also rotate, as those of S4D and Megalodon do: q e^{i theta} for q.
+    """An EMA whose states also rotate, as in S4D and Megalodon: q e^{i theta} in place of q.
 
     Only the real part of the output counts. With the complex gamma g - i g' that gives the kernel
     k[l] = sum_n u q^l (g cos(theta l) + g' sin(theta l)), which can oscillate. A sequence must be
@@ -84,7 +84,7 @@ class ComplexEMA(DampedEMA):
 
 
 class SlidingLayer(MovingAverageGatedAttention):
-    """A query also sees the chunk before its own, as in Gecko. For whole sequences, no padding."""
+    """A query also sees the chunk before its own, as in Gecko. For whole, unpadded sequences."""
 
     def attend(self, queries, keys, values, mask) -> tuple[Tensor, Tensor]:
         B, L, _ = queries.shape
@@ -102,7 +102,7 @@ class SlidingLayer(MovingAverageGatedAttention):
         return outputs.view(B, -1, values.shape[-1])[:, :L], weights.unflatten(0, (B, -1))
 
     def with_chunk_before(self, x: Tensor) -> Tensor:
-        """(B, L, ...) -> (B K, 2C, ...): each chunk preceded by the previous one, or by zeros."""
+        """Cut x (B, L, ...) into chunks, each after the previous one or zeros: (B K, 2C, ...)."""
         C = self.config.chunk_size
         chunks = split_into_chunks(x, C).unflatten(0, (len(x), -1))  # (B, K, C, ...)
         before = F.pad(chunks[:, :-1], (0, 0, 0, 0, 1, 0))
