@@ -532,7 +532,7 @@ STATEFUL_MODES = ("recurrent", "blockwise")  # continue from a state; the others
 
 
 class DampedEMA(nn.Module):
-    """SiLU(EMA(x) + omega x) as in the paper's code; equation 6 of the paper omits omega x.
+    """SiLU(EMA(x) + omega x) as in the paper's code; equation 6 of the paper is EMA(x).
 
     `mode` names one of EMA_MODES; None picks the fastest that applies.
     """
@@ -592,7 +592,7 @@ class DampedEMA(nn.Module):
     def fastest_mode(self, length: int, needs_state: bool) -> str:
         """Return the mode that is fastest on CPUs.
 
-        For up to 64 positions without a state that is fft: a training step takes up to 1.3 times as
+        For up to 64 positions without a state, it is fft: a training step takes up to 1.3 times as
         long with blockwise, and 1.6 times with direct. With a state, recurrent and blockwise are
         equally fast at 16 positions.
         """
@@ -1317,7 +1317,7 @@ def embedding(config: MegaConfig, size: int, padding: int | None = None) -> nn.E
 def visible_positions(x: Tensor, mask: Tensor | None, cache: MegaCache | None) -> Tensor | None:
     """Join the cached mask and that of x (B, L, D) as booleans (B, R + L); None: no padding.
 
-    `mask` covers x, (B, L), or all positions since the start, (B, length + L).
+    `mask` covers x, (B, L), or all positions so far, (B, cache.length + L).
     """
     batch, length, _ = x.shape
     if cache is None:
@@ -1369,7 +1369,7 @@ def join_caches(layers: list[LayerCache], length: int, mask, old: MegaCache | No
 
 # -------------------------------------------------------------------------------------- 6 heads
 # A head adds layers and a loss to a MegaModel. All but question answering take the arguments of
-# MegaModel.forward and `labels`; as a token or class, the label -100 is ignored.
+# MegaModel.forward and `labels`; a token or class label of -100 is ignored.
 
 MANY_LABELS = 512  # with more labels than this, training computes the logits in slices if it can
 SLICE = 512  # positions per slice
@@ -1732,7 +1732,7 @@ class MegaForCausalLM(LanguageModel):
         config = self.config
         longest = past + input_ids.shape[1] + max(new - 1, 0)  # the last token is not read
         if not config.use_chunking or config.add_cross_attention:
-            config.check_length("length of the prompt and all but the last new token", longest)
+            config.check_length("length (prompt and all but the last new token)", longest)
         if mask is None:
             return
         visible = mask != 0
@@ -1781,8 +1781,8 @@ class DecodingState(NamedTuple):
 
 
 def can_decode(model: MegaModel, cache: MegaCache, inputs: dict) -> bool:
-    """Return whether `decode_step` does what calling the model would: no padding, no encoder, and
-    no module of this file hooked, replaced or overridden.
+    """Return whether `decode_step` does what calling the model would: unpadded ids alone, a
+    feed-forward network in each block, and no module hooked, replaced or overridden.
     """
     config = model.config
     if config.add_cross_attention or config.add_token_type_embeddings or len(inputs) > 1:
@@ -2015,7 +2015,7 @@ def draw(logits: Tensor, temperature: float, top_k, top_p, generator) -> Tensor:
 
 # -------------------------------------------------------------------------------- 8 checkpoints
 # Hugging Face's layout: a config.json, and weights in one file or in shards, in a folder or on the
-# hub. Tied weights are written once. The names of a head's MegaModel's weights begin with `mega.`.
+# hub. Tied weights are written once. In a head, the MegaModel's weights have the prefix `mega.`.
 
 WEIGHT_FILES = (  # the first one found is read
     "model.safetensors",
@@ -2144,7 +2144,7 @@ def unpickle(path: Path):
         with zipfile.ZipFile(path) as archive:
             size = sum(member.file_size for member in archive.infolist())
         if size > path.stat().st_size:
-            raise ValueError(f"it would unpack to {size:,} bytes, more than torch.save stores")
+            raise ValueError(f"it would unpack to {size:,} bytes, more than the file's size")
     return torch.load(path, "cpu", weights_only=True)
 
 
@@ -2194,7 +2194,7 @@ def match(cls, config: MegaConfig, weights: dict, ignore: bool, source: str) -> 
 
 
 def tie_as_in_file(model: MegaBase, weights: dict[str, Tensor]):
-    """Give a language model's embedding and output layer one tensor, if the config ties them.
+    """Give a language model's embedding and output one tensor, if config or file ties them.
 
     A tied file has only one of the two; from an untied file the output layer's is used.
     """

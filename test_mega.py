@@ -2937,14 +2937,14 @@ class TestGenerate:
         """It reads max_positions 64 tokens, and one more is made of them."""
         model = shared_lm(relative_positional_bias="simple")
         assert model.generate(token_ids(0, 1, length), 65 - length).shape == (1, 65)
-        with pytest.raises(ValueError, match="but the last new token 65 is above max_positions 64"):
+        with pytest.raises(ValueError, match=r"but the last new token\) 65 is above max_positions 64"):
             model.generate(token_ids(0, 1, length), 66 - length)
         changes = {"relative_positional_bias": "simple", "use_chunking": True, "chunk_size": 8}
         assert causal_lm(**changes).generate(token_ids(0, 1, length), 70).shape == (1, length + 70)
         crossing = MegaForCausalLM(decoder_config(**changes)).double()
         states = {"encoder_hidden_states": randn(0, 1, 4, 8)}
         assert crossing.generate(token_ids(0, 1, length), 65 - length, **states).shape == (1, 65)
-        with pytest.raises(ValueError, match="but the last new token 65 is above"):
+        with pytest.raises(ValueError, match=r"but the last new token\) 65 is above"):
             crossing.generate(token_ids(0, 1, length), 66 - length, **states)
 
     @pytest.mark.parametrize("temperature", [1e-30, 1e-45, 1e-300, 5e-324])
