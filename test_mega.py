@@ -2937,7 +2937,7 @@ class TestGenerate:
         """It reads max_positions 64 tokens, and one more is made of them."""
         model = shared_lm(relative_positional_bias="simple")
         assert model.generate(token_ids(0, 1, length), 65 - length).shape == (1, 65)
-        with pytest.raises(ValueError, match=r"but the last new token\) 65 is above max_positions 64"):
+        with pytest.raises(ValueError, match=r"but the last new token\) 65 is above max_pos"):
             model.generate(token_ids(0, 1, length), 66 - length)
         changes = {"relative_positional_bias": "simple", "use_chunking": True, "chunk_size": 8}
         assert causal_lm(**changes).generate(token_ids(0, 1, length), 70).shape == (1, length + 70)
