@@ -275,7 +275,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
             rows = [line.split() for line in read_lines(folder / "tokenizer.tiktoken")]
             ranks = {base64.b64decode(token): int(rank) for token, rank in rows}
             if not 0 <= meta["end_of_text"] <= len(ranks):
-                raise ValueError(f"end_of_text is {meta['end_of_text']}, above {len(ranks)}")
+                raise ValueError(f"end_of_text is {meta['end_of_text']}, not 0 to {len(ranks)}")
             check_ranks((int(rank) for _, rank in rows), most=len(ranks))
             if not {bytes([i]) for i in range(256)} <= ranks.keys():
                 raise ValueError("it lacks some of the 256 bytes")
