@@ -414,8 +414,8 @@ def tell_texts(source: Path, names) -> list[str]:
         raise UserError(f"{source} has no text files ({', '.join(sorted(ENDINGS))}){only}")
     if others:
         more = ", ..." if len(others) > 3 else ""
-        names = ", ".join(others[:3])
-        print(f"note: files in {source} skipped for their extensions: {names}{more}")
+        skipped = ", ".join(others[:3])
+        print(f"note: files in {source} skipped for their extensions: {skipped}{more}")
     return texts
 
 

@@ -1,4 +1,4 @@
-"""Compare MEGA's speed with that of other implementations, in turns in one process.
+"""Compare MEGA's speed with that of other implementations, by turns in one process.
 
     python -m data.lecture.compare --nanogpt ../nanoGPT/model.py     # needs transformers==4.40.2
     python -m data.lecture.compare --mega_pytorch ../Mega-pytorch/mega_pytorch/mega_pytorch.py

@@ -143,7 +143,8 @@ def cache(options):
     config = model.config
     whole = MegaForCausalLM(replace(config, use_chunking=False)).eval()
     ids = torch.randint(tokenizer.size, (1, 10_000))
-    print(f"size in KiB, fp32\n{'tokens':>8}{'in chunks':>12}{'no chunks':>12}{'Transformer':>14}")
+    print("size in KiB, fp32")
+    print(f"{'tokens':>8}{'in chunks':>12}{'no chunks':>12}{'Transformer':>14}")
     for length in (100, 1000, 10_000):
         caches = [m.mega(ids[:, :length], use_cache=True).cache for m in (model, whole)]
         sizes = [cached_numbers(found) for found in caches]
